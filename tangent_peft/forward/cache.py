@@ -1,0 +1,121 @@
+"""Key/value caches that keep their tangents from one decoding step to the next.
+
+A dual level ends with its forward, and cached keys and values would lose their tangents there: the next step would run
+the base model on the prefix, silently. So a cache stores ordinary tensors only: along the head dimension, first the
+primal heads, then the tangent heads,
+
+    keys_BKSE  --store-->  packed_B(2K)SE = [keys ; dkeys]  --read in the next level-->  dual(keys, dkeys).
+
+Every operation transformers performs on a cache between two steps (beam reordering, cropping, repeating, selecting,
+static allocation) leaves that dimension alone, so all of them work unchanged, in any decoding loop.
+
+Seam: `transformers.cache_utils.Cache.update` and its linear-attention siblings, wrapped once at import.
+Letters: B batch, K key/value heads, S keys, E head size.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from tangent_peft.forward.level import carries_tangent, current_pass, dual, split
+
+
+_STAMP = "tangent_mix"
+
+
+def pack(primal_BKSE: Tensor, tangent_BKSE: Tensor | None) -> Tensor:
+    """[primal ; tangent] along the heads: shape (B, 2K, S, E)."""
+    tangent_BKSE = torch.zeros_like(primal_BKSE) if tangent_BKSE is None else tangent_BKSE
+    return torch.cat([primal_BKSE, tangent_BKSE], dim=1)
+
+
+def unpack(packed: Tensor, primal_trains: bool) -> Tensor:
+    """The dual tensor of shape (B, K, S, E) that `pack` stored.
+
+    Packing ties the primal to the graph of the tangent beside it; unless it has a graph of its own it is cut off again.
+    """
+    primal, tangent = packed.chunk(2, dim=1)
+    return dual(primal if primal_trains else primal.detach(), tangent)
+
+
+def _check_stamp(cache: Cache, layer_idx: int) -> None:
+    """Refuses a cache whose content was computed under another mix than the pass that now reads it."""
+    running = current_pass()
+    now = None if running is None else running.mix
+    stamp = vars(cache).get(_STAMP)
+    if stamp == now:
+        return
+    if int(cache.get_seq_length(layer_idx)) == 0:
+        vars(cache)[_STAMP] = now
+        return
+    filled, reads = (_describe(mix) for mix in (stamp, now))
+    raise ValueError(
+        f"The key/value cache ({type(cache).__name__}) was filled by {filled} and is now read by {reads}: the cached "
+        "prefix has other tangents, or none, and the result would belong to neither. Start with an empty cache after "
+        "changing the axis weights, enabling or disabling axes, or switching `linearized(...)`."
+    )
+
+
+def _describe(mix: Any) -> str:
+    return "the model without a linearized axis" if mix is None else f"the linearized mix {mix}"
+
+
+def _normal_storage(cache: Cache, layer_idx: int) -> None:
+    """Static buffers allocated under `inference_mode` can not be written in a pass, which runs outside of it."""
+    if layer_idx >= len(cache.layers):
+        return
+    state = vars(cache.layers[layer_idx])
+    for name, value in state.items():
+        if isinstance(value, Tensor) and value.is_inference():
+            state[name] = value.clone()
+
+
+def _wrap_update(original: Any) -> Any:
+    @functools.wraps(original)
+    def update(
+        self: Cache, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if current_pass() is None and _STAMP not in vars(self):
+            return original(self, key_states, value_states, layer_idx, *args, **kwargs)
+        _check_stamp(self, layer_idx)
+        if current_pass() is None:
+            return original(self, key_states, value_states, layer_idx, *args, **kwargs)
+        _normal_storage(self, layer_idx)
+        (key, dkey), (value, dvalue) = split(key_states), split(value_states)
+        if dkey is None and dvalue is None:
+            return original(self, key, value, layer_idx, *args, **kwargs)
+        keys, values = original(self, pack(key, dkey), pack(value, dvalue), layer_idx, *args, **kwargs)
+        return unpack(keys, key.requires_grad), unpack(values, value.requires_grad)
+
+    return update
+
+
+def _wrap_state_update(original: Any) -> Any:
+    @functools.wraps(original)
+    def update(self: Cache, states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if current_pass() is not None and carries_tangent(states):
+            raise NotImplementedError(
+                f"{original.__name__}: a recurrent or convolutional cache would lose its tangents between decoding "
+                "steps. Generate with `use_cache=False`, or merge the mix first (`model.linearized(False)`)."
+            )
+        return original(self, states, *args, **kwargs)
+
+    return update
+
+
+def install() -> None:
+    """Teaches `Cache.update` to keep tangents; a second call changes nothing."""
+    if "__wrapped__" in vars(Cache.update):
+        return
+    Cache.update = _wrap_update(Cache.update)  # type: ignore[method-assign]
+    for name in ("update_conv_state", "update_recurrent_state", "update_indexer"):
+        if name in vars(Cache):
+            setattr(Cache, name, _wrap_state_update(vars(Cache)[name]))
+
+
+install()

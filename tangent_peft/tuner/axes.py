@@ -1,0 +1,215 @@
+"""λ: activating a mix of axes live, storing it as an adapter, reading it, restoring it.
+
+Live, a mix is one number per axis and layer; no weight is touched. Stored, Σ λᵢ τᵢ becomes a tangent of its own:
+
+    shared projection, same seed and rank:   (Σ λᵢ Bᵢ) · A             rank r, exact
+    otherwise, all low rank:                 [λ₁B₁ … λₖBₖ] · [A₁; …; Aₖ]   rank Σ rᵢ, exact
+    one of them dense:                       Σ λᵢ ΔWᵢ                  dense, exact
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from tangent_peft.tuner.config import TangentConfig
+from tangent_peft.tuner.layer import TangentFactors, TangentLayer
+
+
+if TYPE_CHECKING:
+    from tangent_peft.tuner.model import TangentModel
+
+SAFE_WEIGHT = 3.0  # TS-DPO reports that mixes break down beyond |λ| ≈ 3
+
+
+def tangent_layers(model: nn.Module) -> Iterator[TangentLayer]:
+    """The wrapped layers of `model`, in its order."""
+    return (module for module in model.modules() if isinstance(module, TangentLayer))
+
+
+def check_weights(tuner: TangentModel, weights: Mapping[str, float]) -> dict[str, float]:
+    """The mix as plain floats.
+
+    Raises:
+        ValueError: for an unknown axis, or a λ that is not a finite number.
+    """
+    checked = {}
+    for name, weight in weights.items():
+        if name not in tuner.peft_config:
+            raise ValueError(
+                f"Unknown axis {name!r}; this model has {sorted(tuner.peft_config)}. Load it first with "
+                f"`model.load_adapter(path, adapter_name={name!r})`."
+            )
+        value = float(weight)
+        if not math.isfinite(value):
+            raise ValueError(f"The weight of axis {name!r} is {value}; λ must be a finite number.")
+        if abs(value) > SAFE_WEIGHT:
+            warnings.warn(
+                f"λ = {value} for axis {name!r}: mixes beyond |λ| = {SAFE_WEIGHT:g} are outside the range in which TS-DPO "
+                "was found to work; check the linearity gap and read the answers.",
+                stacklevel=4,
+            )
+        checked[name] = value
+    return checked
+
+
+def activate(tuner: TangentModel, weights: Mapping[str, float]) -> None:
+    """Makes `weights` the active mix; see `TangentModel.combine_axes`. The axes are frozen, as for inference."""
+    checked = check_weights(tuner, weights)
+    layers = list(tangent_layers(tuner.model))
+    merged = sorted({name for layer in layers for name in layer.merged_adapters})
+    if merged:
+        raise ValueError(
+            f"Axes {merged} are merged into the base weights, so a mix can not change them. Call `model.unmerge_adapter()` "
+            "first."
+        )
+    BaseTuner.set_adapter(tuner, list(checked), inference_mode=True)
+    for layer in layers:
+        layer.tangent_scaling.update({name: w for name, w in checked.items() if name in layer.tangent_scaling})
+
+
+def active_weights(tuner: TangentModel) -> dict[str, float]:
+    """λ of the active axes, those at 0 included; empty while adapters are disabled."""
+    weights: dict[str, float] = {}
+    for layer in tangent_layers(tuner.model):
+        if not layer.disable_adapters:
+            weights.update({n: layer.tangent_scaling[n] for n in layer.active_adapters if n in layer.tangent_scaling})
+    return {name: weights[name] for name in tuner.peft_config if name in weights}
+
+
+# ---- remembering and restoring ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """λ of every adapter at every layer, and which parameters train."""
+
+    scaling: list[tuple[TangentLayer, dict[str, float]]]
+    trainable: list[tuple[nn.Parameter, bool]]
+
+
+def snapshot(model: nn.Module) -> Snapshot:
+    """What `restore_scaling` and `preserved` put back."""
+    holders = [m for m in model.modules() if isinstance(m, (TangentLayer, AuxiliaryTrainingWrapper))]
+    return Snapshot(
+        [(layer, dict(layer.tangent_scaling)) for layer in tangent_layers(model)],
+        [(parameter, parameter.requires_grad) for holder in holders for parameter in holder.parameters()],
+    )
+
+
+def restore_scaling(before: Snapshot) -> None:
+    """Puts λ back for the adapters that existed at the snapshot and still do."""
+    for layer, scaling in before.scaling:
+        layer.tangent_scaling.update({n: scale for n, scale in scaling.items() if n in layer.tangent_scaling})
+
+
+@contextmanager
+def preserved(tuner: TangentModel) -> Iterator[None]:
+    """Restores the active axes, their λ and what trains at the end of the block."""
+    before, active = snapshot(tuner.model), tuner.active_adapter
+    try:
+        yield
+    finally:
+        BaseTuner.set_adapter(tuner, active)
+        restore_scaling(before)
+        for parameter, trains in before.trainable:
+            parameter.requires_grad_(trains)
+
+
+# ---- storing a mix ---------------------------------------------------------------------------------------------------
+
+
+def store(tuner: TangentModel, weights: Mapping[str, float], adapter_name: str) -> None:
+    """Adds the adapter `adapter_name` with tangent Σ λᵢ τᵢ; see `TangentModel.combine_axes`."""
+    checked = check_weights(tuner, weights)
+    if adapter_name in tuner.peft_config:
+        raise ValueError(
+            f"An axis named {adapter_name!r} exists already. Choose another name, or delete it first with "
+            f"`model.delete_adapter({adapter_name!r})`."
+        )
+    if not checked:
+        raise ValueError("A stored mix needs at least one axis; the mix given is empty.")
+    with torch.no_grad():
+        mixed = mix_factors(tuner, checked)
+    with preserved(tuner):
+        tuner.peft_config[adapter_name] = _mixed_config(tuner, checked, mixed)
+        try:
+            tuner.inject_adapter(tuner.model, adapter_name)
+        except Exception:
+            del tuner.peft_config[adapter_name]
+            raise
+        for layer in tangent_layers(tuner.model):
+            if layer.layer_name in mixed:
+                _fill(layer, adapter_name, mixed[layer.layer_name])
+    tuner.set_requires_grad(adapter_name, False)
+
+
+def mix_factors(tuner: TangentModel, weights: Mapping[str, float]) -> dict[str, TangentFactors]:
+    """Σ λᵢ τᵢ of every layer that carries one of the axes, by layer name; factors as in the table above."""
+    mixed = {}
+    for layer in tangent_layers(tuner.model):
+        present = {name: scale for name, scale in weights.items() if name in layer.tangent_r}
+        if present:
+            mixed[layer.layer_name] = _mix_layer(layer, present)
+    return mixed
+
+
+def _mix_layer(layer: TangentLayer, weights: Mapping[str, float]) -> TangentFactors:
+    if any(layer.tangent_r[name] is None for name in weights):
+        return TangentFactors(dense=sum(layer.delta(name, scale) for name, scale in weights.items()))  # type: ignore[arg-type]
+    factors = [layer.factors(name, scale) for name, scale in weights.items()]
+    keys = {layer.tangent_key.get(name) for name in weights}
+    bs, projections = [f.b for f in factors if f.b is not None], [f.a for f in factors if f.a is not None]
+    if len(keys) == 1 and None not in keys or len(factors) == 1:
+        return TangentFactors(b=sum(bs[1:], start=bs[0]), a=projections[0])
+    return TangentFactors(b=torch.cat(bs, dim=1), a=torch.cat(projections, dim=0))
+
+
+def _mixed_config(
+    tuner: TangentModel, weights: Mapping[str, float], mixed: Mapping[str, TangentFactors]
+) -> TangentConfig:
+    sources = [tuner.peft_config[name] for name in weights]
+    if len({source.linearize for source in sources}) > 1:
+        raise ValueError(
+            f"Axes { {name: tuner.peft_config[name].linearize for name in weights} } (linearize) can not be stored as one: "
+            "one adapter either is linearized or adds its weights."
+        )
+    ranks = {name: factors.a.shape[0] for name, factors in mixed.items() if factors.a is not None}
+    dense = len(ranks) < len(mixed)
+    shared = all(source.projection == "shared" for source in sources)
+    same = len({(source.projection_seed, source.r) for source in sources}) == 1
+    r = None if dense else max(ranks.values())
+    return TangentConfig(
+        r=r,
+        projection="shared" if dense or (shared and same) else "trained",
+        projection_seed=sources[0].projection_seed,
+        num_layers=None,
+        lm_head=False,
+        target_modules=sorted(mixed),
+        rank_pattern={} if dense else {name.replace(".", r"\."): k for name, k in ranks.items() if k != r},
+        linearize=sources[0].linearize,
+        task_type=sources[0].task_type,
+        base_model_name_or_path=sources[0].base_model_name_or_path,
+        base_fingerprint=sources[0].base_fingerprint,
+    )
+
+
+def _fill(layer: TangentLayer, adapter_name: str, factors: TangentFactors) -> None:
+    """Copies the mixed factors into the adapter's parameters."""
+    targets = {"tangent_delta": factors.dense, "tangent_B": factors.b, "tangent_A": factors.a}
+    for attribute, value in targets.items():
+        holder = layer.get_submodule(attribute)
+        if isinstance(holder, nn.ModuleDict) and adapter_name in holder:
+            if value is None:
+                raise ValueError(f"Layer {layer.layer_name!r} mixes dense and low-rank axes in a way that is not uniform.")
+            weight = holder[adapter_name].weight
+            holder[adapter_name].weight = nn.Parameter(value.detach().to(weight.device).clone(), requires_grad=False)

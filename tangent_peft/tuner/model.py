@@ -1,0 +1,223 @@
+"""`TangentModel`: the PEFT tuner that wraps a model's layers and makes its forward a linearized pass.
+
+It inherits every ordinary verb from PEFT's `BaseTuner` and adds λ (`combine_axes`, `axes`), the choice of evaluation
+(`linearized`) and the exports, each of which lives in a file of its own. Knows no trainer.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tangent_peft.forward import LinearizedForward
+from tangent_peft.tuner import axes, export
+from tangent_peft.tuner.config import TangentConfig
+from tangent_peft.tuner.fingerprint import check_fingerprint, fingerprint
+from tangent_peft.tuner.layer import TangentLayer, wrap_layer
+from tangent_peft.tuner.registration import PREFIX
+from tangent_peft.tuner.state import check_state_dict
+from tangent_peft.tuner.targets import ALL_LINEAR, default_targets, find_blocks, head_name, is_target
+
+
+class TangentModel(BaseTuner):
+    """Wraps a model so that each adapter is a preference axis in its tangent space (TS-DPO, arXiv 2602.01128).
+
+    Made by `peft.get_peft_model(model, TangentConfig(...), adapter_name="help")`, which returns a `PeftModel` around it;
+    all methods here are reached through that `PeftModel`.
+    """
+
+    prefix = PREFIX
+    tuner_layer_cls = TangentLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    # ---- injection ---------------------------------------------------------------------------------------------
+
+    def _prepare_adapter_config(self, peft_config: TangentConfig, model_config: dict[str, Any]) -> TangentConfig:
+        self.blocks, self.head_name = find_blocks(self.model, peft_config.layers_pattern), head_name(self.model)
+        if peft_config.target_modules is None or peft_config.target_modules == ALL_LINEAR:
+            peft_config.target_modules = default_targets(self.model, peft_config)  # type: ignore[assignment]
+        return peft_config
+
+    def _check_target_module_exists(self, peft_config: TangentConfig, key: str) -> Any:  # type: ignore[override]
+        return is_target(peft_config, key, self.blocks, self.head_name)
+
+    def _create_and_replace(
+        self,
+        peft_config: TangentConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        r = peft_config.r
+        if peft_config.rank_pattern:
+            r = peft_config.rank_pattern.get(get_pattern_key(peft_config.rank_pattern.keys(), current_key), r)
+        if isinstance(target, TangentLayer):
+            target.update_layer(adapter_name, r, peft_config)
+            return
+        layer = wrap_layer(target, current_key)
+        layer._active_adapter = adapter_name
+        layer.update_layer(adapter_name, r, peft_config)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Adds an adapter's tangents and (re)installs the linearized forward; the active mix stays as it was.
+
+        Raises:
+            ValueError: if the adapter was trained on another base model, or nothing can carry its tangent.
+        """
+        config = self.peft_config[adapter_name]
+        check_fingerprint(config.base_fingerprint, model, adapter_name)
+        before = axes.snapshot(model)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if config.base_fingerprint is None and not config.inference_mode:
+            config.base_fingerprint = fingerprint(model)
+        axes.restore_scaling(before)
+        self._mark_head(model)
+        linearize_forward(model)
+
+    def _mark_head(self, model: nn.Module) -> None:
+        head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+        if not isinstance(head, TangentLayer) or head.merged:
+            return
+        embedding = model.get_input_embeddings()
+        weight = head.get_base_layer().weight
+        head.tangent_tied = embedding is not None and any(weight is other for other in embedding.parameters())
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The frozen head itself: PEFT then saves no copy of the base's embedding beside the tangent on the head."""
+        head = self.model.get_output_embeddings()
+        return head.get_base_layer() if isinstance(head, TangentLayer) else head
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: TangentConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        check_state_dict(model, adapter_name, remapped)
+        return remapped
+
+    # ---- verbs of PEFT -----------------------------------------------------------------------------------------
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Activates adapters at λ = 1 each; several add up."""
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        for layer in axes.tangent_layers(self.model):
+            layer.tangent_scaling.update({name: 1.0 for name in names if name in layer.tangent_scaling})
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                f"`adapter_names={kwargs['adapter_names']}`: one axis per row of a batch is not supported. Run the rows of "
+                "each axis as a batch of their own, each inside `with model.axes({...}):`."
+            )
+        yield
+
+    def _check_merge_allowed(self) -> None:
+        head = self.model.get_output_embeddings() if isinstance(self.model, PreTrainedModel) else None
+        if isinstance(head, TangentLayer) and head.tangent_tied and head.carried_axes():
+            warnings.warn(
+                "The head is tied to the input embedding and has a tangent of its own: merging gives it its own weight, the "
+                "embedding stays as it is, and `tie_word_embeddings` becomes False.",
+                stacklevel=3,
+            )
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        restore_forward(model)
+        return model
+
+    # ---- axes --------------------------------------------------------------------------------------------------
+
+    def combine_axes(self, weights: Mapping[str, float], adapter_name: str | None = None) -> None:
+        """Mixes axes by number: θ(λ) = θ₀ + Σ λᵢ τᵢ (TS-DPO).
+
+        Args:
+            weights: λ by axis name; axes not named are off, and `{}` is the base model.
+            adapter_name: without it the mix is active from now on and no weight is touched. With it the mix is stored as
+                a new adapter of that name (at λ = 1, not activated): of the same rank for shared projections, of the sum
+                of the ranks for trained ones, dense if one of the axes is.
+
+        Raises:
+            ValueError: for an unknown axis, a λ that is not finite, a name that is taken, a merged model.
+        """
+        if adapter_name is None:
+            axes.activate(self, weights)
+        else:
+            axes.store(self, weights, adapter_name)
+
+    @property
+    def axis_weights(self) -> dict[str, float]:
+        """λ of the active axes; empty while adapters are disabled."""
+        return axes.active_weights(self)
+
+    @contextmanager
+    def axes(self, weights: Mapping[str, float] | None = None, /, **named: float) -> Iterator[None]:
+        """Mixes axes for the duration of a `with` block: `with model.axes(help=1.0, verb=-0.5):`."""
+        with axes.preserved(self):
+            axes.activate(self, {**(weights or {}), **named})
+            yield
+
+    @contextmanager
+    def linearized(self, flag: bool = True) -> Iterator[None]:
+        """Chooses the evaluation for the duration of a `with` block, whatever the adapters' configuration says.
+
+        Args:
+            flag: `True`: f_lin. `False`: the ordinary network at the weights θ(λ), without merging them.
+        """
+        layers = list(axes.tangent_layers(self.model))
+        before = [layer.tangent_forced for layer in layers]
+        for layer in layers:
+            layer.tangent_forced = flag
+        try:
+            yield
+        finally:
+            for layer, forced in zip(layers, before, strict=True):
+                layer.tangent_forced = forced
+
+    # ---- exports -----------------------------------------------------------------------------------------------
+
+    def export_merged(
+        self,
+        path: str | Path,
+        weights: Mapping[str, float] | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        """Saves the ordinary network at θ(λ); see `tangent_peft.tuner.export.export_merged`."""
+        export.export_merged(self, Path(path), weights, tokenizer)
+
+    def export_lora(
+        self, path: str | Path, weights: Mapping[str, float] | None = None, rank: int | None = None
+    ) -> export.LoraExport:
+        """Saves θ(λ) − θ₀ as a plain LoRA; see `tangent_peft.tuner.export.export_lora`."""
+        return export.export_lora(self, Path(path), weights, rank)
+
+
+def linearize_forward(model: nn.Module) -> None:
+    """Makes each call of `model` a linearized pass while one of its layers has a tangent; idempotent."""
+    restore_forward(model)
+    layers = list(axes.tangent_layers(model))
+    if layers:
+        LinearizedForward(model, layers)
+
+
+def restore_forward(model: nn.Module) -> None:
+    """Takes the linearized pass away again."""
+    installed = LinearizedForward.installed(model)
+    if installed is not None:
+        installed.remove()

@@ -1,0 +1,99 @@
+"""Which modules an axis wraps: kinds by `target_modules`, blocks by `num_layers`, and the head."""
+
+from __future__ import annotations
+
+import re
+
+from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, check_target_module_exists
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from tangent_peft.forward import find_head
+from tangent_peft.tuner.config import TangentConfig
+
+
+LINEAR = (nn.Linear, Conv1D)
+ALL_LINEAR = "all-linear"
+
+
+def find_blocks(model: nn.Module, layers_pattern: list[str] | str | None = None) -> tuple[str, int] | None:
+    """Name and length of the model's list of blocks; `None` if it has none.
+
+    That is the outermost `nn.ModuleList` with linear layers in it: the longest, and of equally long ones the last (the
+    decoder of an encoder-decoder). `layers_pattern` names it where that is the wrong one.
+    """
+    patterns = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
+    found: list[tuple[str, int]] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or any(name.startswith(outer + ".") for outer, _ in found):
+            continue
+        if patterns and name.rpartition(".")[2] not in patterns:
+            continue
+        if any(is_linear(child) for child in module.modules()):
+            found.append((name, len(module)))
+    return max(reversed(found), key=lambda entry: entry[1], default=None)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a tangent can be carried there: a linear layer, wrapped or not."""
+    return isinstance(module, LINEAR) or (isinstance(module, BaseTunerLayer) and isinstance(module.base_layer, LINEAR))
+
+
+def block_index(key: str, blocks: tuple[str, int] | None) -> int | None:
+    """The index of the block in which module `key` lies, or `None`."""
+    if blocks is None:
+        return None
+    match = re.match(rf"{re.escape(blocks[0])}\.(\d+)\.", key)
+    return int(match.group(1)) if match else None
+
+
+def head_name(model: nn.Module) -> str | None:
+    """Full name of a language model's output embeddings, or `None`."""
+    head = find_head(model) if isinstance(model, PreTrainedModel) else None
+    if head is None or head is not model.get_output_embeddings():
+        return None
+    return next(name for name, module in model.named_modules() if module is head)
+
+
+def default_targets(model: nn.Module, config: TangentConfig) -> set[str]:
+    """Every linear layer of the model's blocks, or of the model if it has no blocks; never the head.
+
+    Raises:
+        ValueError: if there is no linear layer.
+    """
+    blocks, head = find_blocks(model, config.layers_pattern), find_head(model)
+    inside_layers = tuple(name + "." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+    names = {
+        name
+        for name, module in model.named_modules()
+        if is_linear(module)
+        and module is not head
+        and not name.startswith(inside_layers)
+        and (blocks is None or block_index(name, blocks) is not None)
+    }
+    if not names:
+        raise ValueError(
+            f"{type(model).__name__} has no torch.nn.Linear or Conv1D layer that could carry a tangent. Name the modules to "
+            "wrap in `target_modules`."
+        )
+    return names
+
+
+def is_target(config: TangentConfig, key: str, blocks: tuple[str, int] | None, head: str | None) -> object:
+    """Whether module `key` is wrapped; PEFT's marker for an excluded one is passed on."""
+    regular_expression = isinstance(config.target_modules, str)
+    if key == head and config.lm_head and not regular_expression:
+        return True if not _excluded(config, key) else _ExcludedModule()
+    matched = check_target_module_exists(config, key)
+    if not matched or regular_expression or config.layers_to_transform is not None or config.num_layers is None:
+        return matched
+    index = block_index(key, blocks)
+    return matched if index is None or blocks is None else index >= blocks[1] - config.num_layers
+
+
+def _excluded(config: TangentConfig, key: str) -> bool:
+    if isinstance(config.exclude_modules, str):
+        return re.fullmatch(config.exclude_modules, key) is not None
+    names = set(config.exclude_modules or ()) | set(config.modules_to_save or ())
+    return any(key == name or key.endswith("." + name) for name in names)

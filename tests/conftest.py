@@ -1,0 +1,160 @@
+"""Fixtures: tiny models built from configs, a small tokenizer trained here, preference pairs. Nothing is downloaded."""
+
+from __future__ import annotations
+
+import os
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("CI", "1")  # TRL's usage telemetry stays off
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+import tangent_peft  # noqa: F401  (registers the method)
+
+
+VOCABULARY = 300
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+QUESTIONS = ["How do I boil an egg?", "Name a color.", "What is rain?", "Why do cats purr?", "Where is the sea?"]
+
+
+def make_llama(layers: int = 3, tied: bool = True, **options: Any) -> PreTrainedModel:
+    """Llama with grouped queries and a tied head."""
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=tied,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        **options,
+    )
+    return LlamaForCausalLM(config)
+
+
+def make_qwen3() -> PreTrainedModel:
+    """Qwen3: norms on queries and keys, untied head."""
+    config = Qwen3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        tie_word_embeddings=False,
+        pad_token_id=0,
+        eos_token_id=2,
+    )
+    return Qwen3ForCausalLM(config)
+
+
+def make_gpt2() -> PreTrainedModel:
+    """GPT-2: Conv1D layers with biases, layer norms, learned positions, tied head."""
+    config = GPT2Config(
+        vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=256, pad_token_id=0, eos_token_id=2
+    )
+    return GPT2LMHeadModel(config)
+
+
+MODELS: dict[str, Callable[[], PreTrainedModel]] = {"llama": make_llama, "qwen3": make_qwen3, "gpt2": make_gpt2}
+
+
+def build(name: str) -> PreTrainedModel:
+    """A fresh tiny model in eval mode, the same weights at every call; every weight is large enough to matter."""
+    torch.manual_seed(0)
+    model = MODELS[name]().eval()
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter.ndim == 1 and "bias" in parameter_name:
+                parameter.normal_(std=0.1)
+            elif parameter.ndim == 2:
+                parameter.mul_(5.0)
+    return model
+
+
+def batch(side: str = "right", rows: int = 3, length: int = 10) -> dict[str, torch.Tensor]:
+    """Token ids with padding on the given side, none in the first row."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, VOCABULARY, (rows, length), generator=generator)
+    mask = torch.ones_like(ids)
+    for row in range(1, rows):
+        padded = slice(0, 2 * row) if side == "left" else slice(length - 2 * row, length)
+        mask[row, padded] = 0
+        ids[row, padded] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.fixture
+def tiny_llama() -> Callable[[], PreTrainedModel]:
+    """Makes a fresh tiny Llama."""
+    return lambda: build("llama")
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE of 300 tokens with a ChatML template."""
+    raw = Tokenizer(models.BPE(unk_token=None))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    special = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    raw.train_from_iterator(QUESTIONS * 4 + ["user assistant system"], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        pad_token="<|pad|>",
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+@pytest.fixture(scope="session")
+def pairs() -> list[dict[str, Any]]:
+    """Conversational preference pairs: the polite answer is chosen."""
+    answers = [("Gladly: it is simple.", "No."), ("Sure, of course.", "Why?"), ("With pleasure!", "Go away now.")]
+    rows = []
+    for index in range(8):
+        question, (good, bad) = QUESTIONS[index % len(QUESTIONS)], answers[index % len(answers)]
+        rows.append(
+            {
+                "prompt": [{"role": "user", "content": question}],
+                "chosen": [{"role": "assistant", "content": good}],
+                "rejected": [{"role": "assistant", "content": bad}],
+            }
+        )
+    return rows
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> Iterator[None]:
+    torch.manual_seed(0)
+    yield
