@@ -135,14 +135,22 @@ def tangent_attention(
         shape = replace(shape, offset=k.shape[2] - q.shape[2])
     mask = _allowed_keys(attention_mask, k)
     sinks = kwargs.get("s_aux")
-    tangents = (dq, dk, dv)
-    primals = (q, k, v, out.transpose(1, 2))
+    dtype = _kernel_dtype(q)
+    tangents = tuple(None if t is None else t.to(dtype) for t in (dq, dk, dv))
+    primals = tuple(x.to(dtype) for x in (q, k, v, out.transpose(1, 2)))
     if torch.is_grad_enabled() and any(x.requires_grad for x in primals):
         # A weight below the tangent trains as well: its gradient passes through the primal, so autograd records all.
-        tangent = _tangent_by_chunks(primals, tangents, mask, sinks, shape)
+        with torch.autocast(q.device.type, enabled=False):
+            tangent = _tangent_by_chunks(primals, tangents, mask, sinks, shape)
     else:
         tangent = AttentionTangent.apply(*primals, *tangents, mask, sinks, shape)
     return dual(out, tangent.transpose(1, 2)), weights
+
+
+def _kernel_dtype(q: Tensor) -> torch.dtype:
+    """The dtype in which the fused kernels run: autocast's, where it is on."""
+    device = q.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else q.dtype
 
 
 def _shape_of(
@@ -158,7 +166,7 @@ def _shape_of(
     causal = bool(causal) and q.shape[2] > 1 and (mask is None or mask.ndim == 2)
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     window = kwargs.get("sliding_window") if mask is None or mask.ndim == 2 else None
-    return AttentionShape(float(scale), causal, window, kwargs.get("softcap"))
+    return AttentionShape(float(scale), causal, window=window, softcap=kwargs.get("softcap"))
 
 
 def _allowed_keys(mask: Any, k: Tensor) -> Tensor | None:
@@ -183,7 +191,8 @@ class AttentionTangent(torch.autograd.Function):
         *tangents, mask, sinks, shape = rest
         ctx.save_for_backward(q, k, v, out, mask, sinks)
         ctx.shape = shape
-        return _tangent_by_chunks((q, k, v, out), tuple(tangents), mask, sinks, shape)
+        with torch.autocast(q.device.type, enabled=False):
+            return _tangent_by_chunks((q, k, v, out), tuple(tangents), mask, sinks, shape)
 
     @staticmethod
     @once_differentiable

@@ -9,6 +9,9 @@ primal heads, then the tangent heads,
 Every operation transformers performs on a cache between two steps (beam reordering, cropping, repeating, selecting,
 static allocation) leaves that dimension alone, so all of them work unchanged, in any decoding loop.
 
+Cross-attention stores its keys once and afterwards reads them from the layer, past `update`; `reveal_cross_attention`
+shows them as dual tensors while a pass is open.
+
 Seam: `transformers.cache_utils.Cache.update` and its linear-attention siblings, wrapped once at import.
 Letters: B batch, K key/value heads, S keys, E head size.
 """
@@ -20,12 +23,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, EncoderDecoderCache
 
-from tangent_peft.forward.level import carries_tangent, current_pass, dual, split
+from tangent_peft.forward.level import LinearizedPass, carries_tangent, current_pass, dual, split
 
 
 _STAMP = "tangent_mix"
+_PACKED = "tangent_packed"  # of a cache layer: whether what it stores is [primal ; tangent]
 
 
 def pack(primal_BKSE: Tensor, tangent_BKSE: Tensor | None) -> Tensor:
@@ -75,6 +79,21 @@ def _normal_storage(cache: Cache, layer_idx: int) -> None:
             state[name] = value.clone()
 
 
+def reveal_cross_attention(opened: LinearizedPass, cache: Any) -> None:
+    """Replaces the packed keys and values of an encoder's output by dual ones until the pass closes."""
+    if not isinstance(cache, EncoderDecoderCache):
+        return
+    crossed = cache.cross_attention_cache
+    for layer_idx, layer in enumerate(crossed.layers):
+        if int(crossed.get_seq_length(layer_idx)) == 0:
+            continue
+        _check_stamp(crossed, layer_idx)
+        _normal_storage(crossed, layer_idx)
+        if vars(layer)[_PACKED]:
+            opened.contexts.callback(vars(layer).update, keys=layer.keys, values=layer.values)
+            layer.keys, layer.values = unpack(layer.keys, False), unpack(layer.values, False)
+
+
 def _wrap_update(original: Any) -> Any:
     @functools.wraps(original)
     def update(
@@ -87,9 +106,13 @@ def _wrap_update(original: Any) -> Any:
             return original(self, key_states, value_states, layer_idx, *args, **kwargs)
         _normal_storage(self, layer_idx)
         (key, dkey), (value, dvalue) = split(key_states), split(value_states)
-        if dkey is None and dvalue is None:
-            return original(self, key, value, layer_idx, *args, **kwargs)
-        keys, values = original(self, pack(key, dkey), pack(value, dvalue), layer_idx, *args, **kwargs)
+        packed = dkey is not None or dvalue is not None
+        if packed:
+            key_states, value_states = pack(key, dkey), pack(value, dvalue)
+        keys, values = original(self, key_states, value_states, layer_idx, *args, **kwargs)
+        vars(self.layers[layer_idx])[_PACKED] = packed
+        if not packed:
+            return keys, values
         return unpack(keys, key.requires_grad), unpack(values, value.requires_grad)
 
     return update

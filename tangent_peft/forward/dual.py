@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from tangent_peft.forward.attention import derive_attention
+from tangent_peft.forward.cache import reveal_cross_attention
 from tangent_peft.forward.exits import TangentExit, find_exit, find_head
 from tangent_peft.forward.level import (
     LinearizedPass,
@@ -103,6 +104,7 @@ class LinearizedForward:
         opened = open_pass(root, mix)
         try:
             derive_attention(opened)
+            reveal_cross_attention(opened, kwargs.get("past_key_values"))
         except BaseException:
             close_pass(opened)
             raise
