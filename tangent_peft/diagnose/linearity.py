@@ -1,0 +1,71 @@
+"""How far the network at θ(λ) is from the linearized model: the linearity gap.
+
+gap(λ) = ‖f(θ₀ + Δ) − f_lin(λ)‖ / ‖J·Δ‖,  Δ = Σ λᵢ τᵢ, on the logits of all real positions. 0: merging loses nothing. About
+0.1: the merged model does what the linearized one was trained to do. Near 1 and beyond it is another model, which has to
+be judged on its own. To first order the gap grows in proportion to ‖λ‖.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tangent_peft.tuner import TangentModel, tangent_tuner
+
+
+@dataclass(frozen=True)
+class LinearityGap:
+    """Result of `linearity_gap`.
+
+    Attributes:
+        weights: the mix λ it was measured at.
+        gap: ‖f(θ₀ + Δ) − f_lin‖ / ‖J·Δ‖; 0 for an empty mix.
+        effect: ‖J·Δ‖ / ‖f(θ₀)‖, how much the mix changes the logits at all.
+        tokens: number of positions it was measured on.
+    """
+
+    weights: dict[str, float]
+    gap: float
+    effect: float
+    tokens: int
+
+    def __str__(self) -> str:
+        return f"linearity gap {self.gap:.3f} at {self.weights} ({self.tokens} tokens, effect {self.effect:.3f})"
+
+
+@torch.no_grad()
+def linearity_gap(model: torch.nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> LinearityGap:
+    """Measures the gap of the active mix; three forwards per batch.
+
+    Args:
+        model: a `PeftModel` with tangent axes, the mix to judge active.
+        batches: model inputs with `input_ids` (B, T) and, if padded, `attention_mask` (B, T).
+
+    Raises:
+        TypeError: if the model carries no tangent axes.
+    """
+    tuner: TangentModel = tangent_tuner(model)
+    weights = tuner.axis_weights
+    sums = torch.zeros(3, dtype=torch.float64)
+    tokens = 0
+    was_training = model.training
+    model.eval()
+    try:
+        for inputs in batches:
+            real = inputs["attention_mask"].bool() if "attention_mask" in inputs else inputs["input_ids"] >= 0
+            with tuner.linearized(True):
+                linear = model(**inputs, use_cache=False).logits[real].double()
+            with tuner.linearized(False):
+                merged = model(**inputs, use_cache=False).logits[real].double()
+            with tuner.axes({}):
+                base = model(**inputs, use_cache=False).logits[real].double()
+            squares = [x.square().sum().cpu() for x in (merged - linear, linear - base, base)]
+            sums += torch.stack(squares)
+            tokens += int(real.sum())
+    finally:
+        model.train(was_training)
+    missed, moved, size = (float(value) ** 0.5 for value in sums)
+    return LinearityGap(weights, missed / moved if moved else 0.0, moved / size if size else 0.0, tokens)

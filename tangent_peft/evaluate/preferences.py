@@ -1,0 +1,115 @@
+"""Whether a model prefers what people chose: accuracy on held-out preference pairs.
+
+Two questions are asked of each pair (x, y_w, y_l). The *policy* prefers y_w if log π(y_w|x) > log π(y_l|x), which can also
+be asked of the base model. The *implicit reward* prefers it if the policy moved that way from the base:
+log π/π₀ (y_w|x) > log π/π₀ (y_l|x); for the base itself this is undecided, 0.5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+
+Pair = Mapping[str, Any]  # TRL's explicit-prompt conversational format
+
+
+@dataclass(frozen=True)
+class PreferenceAccuracy:
+    """Result of `preference_accuracy`, means over the pairs.
+
+    Attributes:
+        policy: share of pairs whose chosen answer has the higher log-probability.
+        policy_per_token: the same with log-probabilities per token, which length does not decide.
+        reward: share of pairs whose chosen answer gained more over the reference; ties count half.
+        margin: mean of log π/π₀ (y_w|x) − log π/π₀ (y_l|x), in nats.
+        pairs: number of pairs.
+    """
+
+    policy: float
+    policy_per_token: float
+    reward: float
+    margin: float
+    pairs: int
+
+
+def preference_accuracy(logps: Tensor, reference: Tensor, lengths: Tensor) -> PreferenceAccuracy:
+    """Accuracy from `pair_logps` of the policy and of the base, and the answers' lengths; all (N, 2), chosen first."""
+    chosen, rejected = logps.unbind(1)
+    per_token = logps / lengths.clamp(min=1)
+    margins = (logps - reference)[:, 0] - (logps - reference)[:, 1]
+    wins = (margins > 0).double() + 0.5 * (margins == 0).double()
+    return PreferenceAccuracy(
+        float((chosen > rejected).double().mean()),
+        float((per_token[:, 0] > per_token[:, 1]).double().mean()),
+        float(wins.mean()),
+        float(margins.mean()),
+        len(logps),
+    )
+
+
+@torch.no_grad()
+def pair_logps(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[Pair],
+    batch_size: int = 4,
+    progress: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each pair's answers under the model as it is now.
+
+    Args:
+        model: a causal language model; its active mix and evaluation decide what is scored.
+        tokenizer: with a chat template.
+        pairs: rows with `prompt`, `chosen`, `rejected` as message lists.
+        batch_size: pairs per forward.
+        progress: description of a progress bar; `None` shows none.
+
+    Returns:
+        log π (N, 2) in nats, chosen first, and the answers' lengths (N, 2) in tokens, end-of-turn included.
+    """
+    was_training = model.training
+    model.eval()
+    starts = tqdm(range(0, len(pairs), batch_size), desc=progress, disable=progress is None, leave=False)
+    try:
+        scored = [_score(model, tokenizer, pairs[start : start + batch_size]) for start in starts]
+    finally:
+        model.train(was_training)
+    logps, lengths = (torch.cat(column) for column in zip(*scored, strict=True))
+    return logps, lengths
+
+
+def _score(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
+    rows, starts = [], []
+    for key in ("chosen", "rejected"):
+        for pair in pairs:
+            prompt = _token_ids(tokenizer, pair["prompt"], add_generation_prompt=True)
+            rows.append(_token_ids(tokenizer, [*pair["prompt"], *pair[key]], add_generation_prompt=False))
+            starts.append(len(prompt))
+    width = max(map(len, rows))
+    device = next(model.parameters()).device
+    ids = torch.zeros(len(rows), width, dtype=torch.long)
+    real, answer = torch.zeros_like(ids), torch.zeros_like(ids)
+    for row, (tokens, start) in enumerate(zip(rows, starts, strict=True)):
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+        real[row, : len(tokens)] = 1
+        answer[row, start : len(tokens)] = 1
+    first = min(starts)  # no answer begins earlier, so no logits are needed before
+    ids, real, answer = ids.to(device), real.to(device), answer.to(device)[:, first:]
+    keep = width - first + 1
+    logits = model(input_ids=ids, attention_mask=real, use_cache=False, logits_to_keep=keep).logits[:, :-1].float()
+    picked = logits.gather(2, ids[:, first:, None]).squeeze(2) - logits.logsumexp(2)
+    logps = (picked * answer).sum(1)
+    return torch.stack(logps.chunk(2), 1).cpu(), torch.stack(answer.sum(1).chunk(2), 1).cpu()
+
+
+def _token_ids(tokenizer: PreTrainedTokenizerBase, messages: Any, add_generation_prompt: bool) -> list[int]:
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids

@@ -1,0 +1,105 @@
+"""Walking over λ: the answers of each mix, linearized and as weights, and what scorers make of them.
+
+Every point names its evaluation: `linearized` is f_lin, what was trained; `merged` is the ordinary network at θ(λ), what a
+merged model or a LoRA export runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from tangent_peft.tuner import tangent_tuner
+
+
+Evaluation = Literal["linearized", "merged"]
+Scorer = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
+EVALUATIONS: tuple[Evaluation, ...] = ("linearized", "merged")
+
+
+@dataclass(frozen=True)
+class SweepPoint:
+    """One mix under one evaluation.
+
+    Attributes:
+        weights: λ by axis.
+        evaluation: `"linearized"` or `"merged"`.
+        scores: mean score over the prompts, by scorer.
+        answers: one answer per prompt.
+    """
+
+    weights: dict[str, float]
+    evaluation: Evaluation
+    scores: dict[str, float]
+    answers: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values for JSON."""
+        return asdict(self)
+
+
+def sweep(
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    mixes: Sequence[Mapping[str, float]],
+    questions: Sequence[str],
+    scorers: Mapping[str, Scorer],
+    evaluations: Sequence[Evaluation] = EVALUATIONS,
+    max_new_tokens: int = 64,
+) -> list[SweepPoint]:
+    """Answers `questions` under every mix and evaluation, greedily, and scores the answers.
+
+    Args:
+        model: a `PeftModel` with tangent axes.
+        tokenizer: with a chat template.
+        mixes: the λ to visit.
+        questions: user messages, one conversation each.
+        scorers: functions (questions, answers) → one number per answer, by name.
+        evaluations: which of `"linearized"` and `"merged"` to run.
+        max_new_tokens: length limit of an answer.
+
+    Returns:
+        A point for every mix and evaluation, in that order.
+    """
+    tuner = tangent_tuner(model)
+    points = []
+    for weights in tqdm([dict(mix) for mix in mixes], desc="mixes"):
+        for evaluation in evaluations:
+            with tuner.axes(weights), tuner.linearized(evaluation == "linearized"):
+                answers = generate_answers(model, tokenizer, questions, max_new_tokens)
+            scores = {name: _mean(scorer(questions, answers)) for name, scorer in scorers.items()}
+            points.append(SweepPoint(weights, evaluation, scores, answers))
+    return points
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(sum(map(float, values)) / len(values))
+
+
+@torch.no_grad()
+def generate_answers(
+    model: Any, tokenizer: PreTrainedTokenizerBase, questions: Sequence[str], max_new_tokens: int = 64
+) -> list[str]:
+    """One greedy answer per question, all in one left-padded batch, special tokens removed."""
+    chats = [[{"role": "user", "content": question}] for question in questions]
+    texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+    side, tokenizer.padding_side = tokenizer.padding_side, "left"
+    try:
+        inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
+    finally:
+        tokenizer.padding_side = side
+    was_training = model.training
+    model.eval()
+    try:
+        output = model.generate(
+            **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
+        )
+    finally:
+        model.train(was_training)
+    answers = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [answer.strip() for answer in answers]

@@ -1,0 +1,72 @@
+"""The sweep visits every mix in both evaluations, and leaves the model as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from tangent_peft import TangentConfig
+from tangent_peft.evaluate import generate_answers, plot_fronts, sweep
+
+
+QUESTIONS = ["What is rain?", "How do I boil an egg?"]
+
+
+def test_sweep_and_picture(
+    tiny_llama: Callable[[], PreTrainedModel], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model = get_peft_model(tiny_llama(), TangentConfig(num_layers=2, init_weights=False), adapter_name="verb").eval()
+    model.combine_axes({"verb": 0.25})
+    scorers = {
+        "length": lambda questions, answers: [len(answer) for answer in answers],
+        "words": lambda questions, answers: [len(answer.split()) for answer in answers],
+    }
+    mixes = [{"verb": 0.0}, {"verb": 1.0}]
+    points = sweep(model, tokenizer, mixes, QUESTIONS, scorers, max_new_tokens=6)
+    assert [(p.weights["verb"], p.evaluation) for p in points] == [
+        (0.0, "linearized"),
+        (0.0, "merged"),
+        (1.0, "linearized"),
+        (1.0, "merged"),
+    ]
+    assert points[0].answers == points[1].answers, "at λ = 0 both evaluations are the base model"
+    assert points[2].answers != points[0].answers
+    for point in points:
+        assert point.scores["length"] == pytest.approx(sum(map(len, point.answers)) / 2)
+    assert model.axis_weights == {"verb": 0.25}
+    plot_fronts(points, "length", "words", tmp_path / "front.png", ("characters", "words"))
+    assert (tmp_path / "front.png").stat().st_size > 1000
+
+
+def test_answers_do_not_depend_on_the_batch(
+    tiny_llama: Callable[[], PreTrainedModel], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model = get_peft_model(tiny_llama(), TangentConfig(num_layers=2, init_weights=False))
+    side = tokenizer.padding_side
+    together = generate_answers(model, tokenizer, QUESTIONS, 6)
+    assert together == [generate_answers(model, tokenizer, [question], 6)[0] for question in QUESTIONS]
+    assert tokenizer.padding_side == side and model.training
+
+
+def test_needs_axes(tiny_llama: Callable[[], PreTrainedModel], tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(TypeError, match="TangentConfig"):
+        sweep(tiny_llama(), tokenizer, [{}], QUESTIONS, {})
+
+
+def test_scorers(tiny_llama: Callable[[], PreTrainedModel], tokenizer: PreTrainedTokenizerFast) -> None:
+    from tangent_peft.evaluate import answer_length, question_relevance
+
+    assert answer_length(tokenizer, ["", "a"])[0] == 0
+    model = tiny_llama()
+    scores = question_relevance(model, tokenizer, QUESTIONS, ["It falls.", ""], batch_size=1)
+    assert scores[1] == 0 and torch.equal(
+        scores, question_relevance(model, tokenizer, QUESTIONS, ["It falls.", ""], batch_size=1)
+    )
+    assert torch.allclose(scores, question_relevance(model, tokenizer, QUESTIONS, ["It falls.", ""]), atol=1e-5)
+    with pytest.raises(ValueError, match="1 questions but 2 answers"):
+        question_relevance(model, tokenizer, QUESTIONS[:1], ["a", "b"])
