@@ -10,13 +10,14 @@ likeliest tokens.  The addition serves to get short answers that end by themselv
 question without it.  An answer cut off by the token limit is cut back to its last full sentence, and
 dropped if it has none.  Answers of fewer than 5 tokens and repeated answers are dropped.
 
-Label rules.  Length is `answer_length` (tokens), relevance is `question_relevance` (nats per token), both
-from `tangent_peft.evaluate.scorers`.  Both answers of a pair belong to one question.
+Label rules.  Length is `answer_length` (tokens), coverage is `question_coverage` (share of the question's
+content words that the answer takes up), both from `tangent_peft.evaluate.scorers`.  Both answers of a pair
+belong to one question.
 
-* ``verb``: chosen is at least 1.5 times and at least 8 tokens longer; their relevance differs by at most 0.4.
-  Pairs with the smallest relevance difference come first.
-* ``help``: chosen is at least 0.25 nats per token more relevant; the longer answer is at most 1.3 times as
-  long as the shorter one.  Pairs with the largest relevance difference come first.
+* ``verb``: chosen is at least 1.5 times and at least 8 tokens longer; their coverage differs by at most 0.25.
+  Pairs with the smallest difference in coverage come first.
+* ``help``: chosen covers at least 0.2 more of the question; the longer answer is at most 1.3 times as long as
+  the shorter one.  Pairs with the largest difference in coverage come first.
 
 At most 3 pairs per question and axis are kept, and no answer is used in more than 2 of them.  The questions
 are split into train and held-out before anything is sampled.
@@ -41,15 +42,16 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from tangent_peft.cli.smollm2 import load_smollm2
-from tangent_peft.evaluate.scorers import answer_length, question_relevance
+from tangent_peft.evaluate.scorers import answer_length, question_coverage
+
 
 log = logging.getLogger("make_quickstart_pairs")
 
 OUT = Path(__file__).resolve().parent.parent / "tangent_peft" / "recipes" / "quickstart"
 HINT = " Answer in one short sentence."
 PLAIN_TOKENS, BRIEF_TOKENS, MIN_TOKENS = 64, 40, 5
-LENGTH_RATIO, LENGTH_GAP, VERB_MAX_RELEVANCE_GAP = 1.5, 8, 0.4
-RELEVANCE_GAP, HELP_MAX_LENGTH_RATIO = 0.25, 1.3
+LENGTH_RATIO, LENGTH_GAP, VERB_MAX_COVERAGE_GAP = 1.5, 8, 0.25
+COVERAGE_GAP, HELP_MAX_LENGTH_RATIO = 0.2, 1.3
 PAIRS_PER_QUESTION, USES_PER_ANSWER = 3, 2
 
 TRAIN_QUESTIONS = """
@@ -134,24 +136,23 @@ sentence. {answers} answers were kept and scored.
 
 **Label rules.** Computed, not judged; both answers of a pair belong to one question.
 
-- `help`: the chosen answer is at least {relevance_gap} nats per token more relevant; lengths within a
-  factor of {help_ratio}. Relevance is the mean over two unrelated questions z of
-  (log p(y | x) - log p(y | z)) / |y| under the base model: how much better the question x explains the answer
-  y than another question does. It rewards being about the question, not being right.
-- `verb`: the chosen answer is at least {verb_ratio} times and {verb_gap} tokens longer; relevance within
-  {verb_relevance} nats per token.
+- `help`: the chosen answer covers at least {coverage_gap} more of the question; lengths within a factor of
+  {help_ratio}. Coverage is the share of the question's content words that the answer takes up. It rewards
+  answering this question, not answering it right.
+- `verb`: the chosen answer is at least {verb_ratio} times and {verb_gap} tokens longer; coverage within
+  {verb_coverage}.
 
 At most {per_question} pairs per question and axis. No question is in both splits.
 
 {table}
 
-**How far the two labels are apart.** Spearman correlation of length and relevance: {rho_all:+.2f} over all
-scored answers, {rho_within:+.2f} with each question's mean subtracted (relevance per token is higher in
-short answers). Over the pairs, the correlation of the length difference and the relevance difference
+**How far the two labels are apart.** Spearman correlation of length and coverage: {rho_all:+.2f} over all
+scored answers, {rho_within:+.2f} with each question's mean subtracted. Over the
+pairs, the correlation of the length difference and the coverage difference
 (chosen - rejected) is {rho_help:+.2f} for `help` and {rho_verb:+.2f} for `verb`.
 
 **Fields.** `prompt`, `chosen`, `rejected` (chat messages), `split`, and `score_chosen`, `score_rejected`
-(relevance in nats per token for `help`, length in tokens for `verb`).
+(coverage for `help`, length in tokens for `verb`).
 
 **License.** SmolLM2-135M-Instruct is licensed under Apache-2.0; the answers are its output.
 """
@@ -159,13 +160,13 @@ short answers). Over the pairs, the correlation of the length difference and the
 
 @dataclass
 class Answer:
-    """One sampled answer; `length` in tokens, `relevance` in nats per token, `finished`: not cut off."""
+    """One sampled answer; `length` in tokens, `coverage` of the question, `finished`: not cut off."""
 
     question: str
     text: str
     finished: bool
     length: int = 0
-    relevance: float = 0.0
+    coverage: float = 0.0
 
 
 def sample(
@@ -211,27 +212,29 @@ def clean(tokenizer: PreTrainedTokenizerBase, answers: list[Answer]) -> list[Ans
 
 
 def collect(questions: list[str], plain: int, brief: int, seed: int) -> list[Answer]:
-    """Sample, clean and score the answers to `questions`."""
+    """Sample and clean the answers to `questions`."""
     model, tokenizer = load_smollm2()
     set_seed(seed)
     answers = sample(model, tokenizer, questions * brief, HINT, BRIEF_TOKENS)
     answers += sample(model, tokenizer, questions * plain, "", PLAIN_TOKENS)
-    answers = clean(tokenizer, answers)
-    log.info("scoring %d answers", len(answers))
-    scores = question_relevance(model, tokenizer, [a.question for a in answers], [a.text for a in answers])
-    for answer, score in zip(answers, scores.tolist(), strict=True):
-        answer.relevance = round(score, 4)
-    return answers
+    return clean(tokenizer, answers)
+
+
+def score(answers: list[Answer]) -> None:
+    """Fill in the coverage."""
+    scores = question_coverage([a.question for a in answers], [a.text for a in answers])
+    for answer, coverage in zip(answers, scores, strict=True):
+        answer.coverage = round(coverage, 4)
 
 
 def eligible(axis: str, chosen: Answer, rejected: Answer) -> bool:
     """Whether the ordered pair satisfies the label rule of `axis`."""
-    gap = chosen.relevance - rejected.relevance
+    gap = chosen.coverage - rejected.coverage
     if axis == "verb":
         longer = chosen.length >= max(LENGTH_RATIO * rejected.length, rejected.length + LENGTH_GAP)
-        return longer and abs(gap) <= VERB_MAX_RELEVANCE_GAP
+        return longer and abs(gap) <= VERB_MAX_COVERAGE_GAP
     short, long = sorted((chosen.length, rejected.length))
-    return gap >= RELEVANCE_GAP and long <= HELP_MAX_LENGTH_RATIO * short
+    return gap >= COVERAGE_GAP and long <= HELP_MAX_LENGTH_RATIO * short
 
 
 def make_pairs(axis: str, answers: list[Answer]) -> list[tuple[Answer, Answer]]:
@@ -240,7 +243,7 @@ def make_pairs(axis: str, answers: list[Answer]) -> list[tuple[Answer, Answer]]:
     for question in dict.fromkeys(answer.question for answer in answers):
         own = [answer for answer in answers if answer.question == question]
         found = [(c, r) for c, r in permutations(own, 2) if eligible(axis, c, r)]
-        found.sort(key=lambda pair: abs(pair[0].relevance - pair[1].relevance), reverse=axis == "help")
+        found.sort(key=lambda pair: abs(pair[0].coverage - pair[1].coverage), reverse=axis == "help")
         uses: Counter[str] = Counter()
         taken = 0
         for chosen, rejected in found:
@@ -260,8 +263,8 @@ def row(axis: str, chosen: Answer, rejected: Answer, split: str) -> dict[str, An
         "chosen": [{"role": "assistant", "content": chosen.text}],
         "rejected": [{"role": "assistant", "content": rejected.text}],
         "split": split,
-        "score_chosen": chosen.relevance if axis == "help" else float(chosen.length),
-        "score_rejected": rejected.relevance if axis == "help" else float(rejected.length),
+        "score_chosen": chosen.coverage if axis == "help" else float(chosen.length),
+        "score_rejected": rejected.coverage if axis == "help" else float(rejected.length),
     }
 
 
@@ -281,31 +284,31 @@ def table_line(axis: str, split: str, pairs: list[tuple[Answer, Answer]]) -> str
     count = len(pairs)
     chosen, rejected = zip(*pairs, strict=True)
     lengths = [sum(answer.length for answer in side) / count for side in (chosen, rejected)]
-    relevance = [sum(answer.relevance for answer in side) / count for side in (chosen, rejected)]
+    coverage = [sum(answer.coverage for answer in side) / count for side in (chosen, rejected)]
     longer = sum(c.length > r.length for c, r in pairs) / count
-    relevant = sum(c.relevance > r.relevance for c, r in pairs) / count
+    covering = sum(c.coverage > r.coverage for c, r in pairs) / count
     return (
         f"| `{axis}` | {split} | {count} | {len({answer.question for answer in chosen})} "
-        f"| {lengths[0]:.1f} / {lengths[1]:.1f} | {relevance[0]:.2f} / {relevance[1]:.2f} "
-        f"| {longer:.0%} | {relevant:.0%} |"
+        f"| {lengths[0]:.1f} / {lengths[1]:.1f} | {coverage[0]:.2f} / {coverage[1]:.2f} "
+        f"| {longer:.0%} | {covering:.0%} |"
     )
 
 
 def correlations(answers: list[Answer], pairs: dict[str, list[tuple[Answer, Answer]]]) -> dict[str, float]:
-    """Spearman correlations of length and relevance: all answers, within questions, each axis' pairs."""
+    """Spearman correlations of length and coverage: all answers, within questions, each axis' pairs."""
     by_question: dict[str, list[Answer]] = {}
     for answer in answers:
         by_question.setdefault(answer.question, []).append(answer)
-    lengths, relevance = [], []
+    lengths, coverage = [], []
     for own in by_question.values():
         lengths += [a.length - sum(b.length for b in own) / len(own) for a in own]
-        relevance += [a.relevance - sum(b.relevance for b in own) / len(own) for a in own]
+        coverage += [a.coverage - sum(b.coverage for b in own) / len(own) for a in own]
     result = {
-        "rho_all": spearman([a.length for a in answers], [a.relevance for a in answers]),
-        "rho_within": spearman(lengths, relevance),
+        "rho_all": spearman([a.length for a in answers], [a.coverage for a in answers]),
+        "rho_within": spearman(lengths, coverage),
     }
     for axis, chosen in pairs.items():
-        gaps = [(c.length - r.length, c.relevance - r.relevance) for c, r in chosen]
+        gaps = [(c.length - r.length, c.coverage - r.coverage) for c, r in chosen]
         result[f"rho_{axis}"] = spearman([gap for gap, _ in gaps], [gap for _, gap in gaps])
     return result
 
@@ -317,8 +320,8 @@ def readme(
     options: argparse.Namespace,
 ) -> str:
     """The text of the data's README."""
-    head = "axis | split | pairs | questions | tokens chosen / rejected | relevance chosen / rejected"
-    lines = [f"| {head} | chosen is longer | chosen is more relevant |", "|---" * 8 + "|"]
+    head = "axis | split | pairs | questions | tokens chosen / rejected | coverage chosen / rejected"
+    lines = [f"| {head} | chosen is longer | chosen covers more |", "|---" * 8 + "|"]
     for axis, own in pairs.items():
         for split in ("train", "heldout"):
             part = [pair for pair in own if (pair[0].question in heldout) == (split == "heldout")]
@@ -329,11 +332,11 @@ def readme(
         hint=HINT.strip(),
         seed=options.seed,
         answers=len(answers),
-        relevance_gap=RELEVANCE_GAP,
+        coverage_gap=COVERAGE_GAP,
         help_ratio=HELP_MAX_LENGTH_RATIO,
         verb_ratio=LENGTH_RATIO,
         verb_gap=LENGTH_GAP,
-        verb_relevance=VERB_MAX_RELEVANCE_GAP,
+        verb_coverage=VERB_MAX_COVERAGE_GAP,
         per_question=PAIRS_PER_QUESTION,
         table="\n".join(lines),
         **correlations(answers, pairs),
@@ -351,7 +354,7 @@ def main() -> None:
         "--brief", type=int, default=4, help="answers per question asked for one short sentence"
     )
     parser.add_argument(
-        "--answers", type=Path, help="keep the scored answers here; read them if the file exists"
+        "--answers", type=Path, help="keep the answers here; read them if the file exists"
     )
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -366,6 +369,7 @@ def main() -> None:
         if options.answers:
             options.answers.write_text(json.dumps([asdict(answer) for answer in answers]), encoding="utf-8")
 
+    score(answers)
     pairs = {axis: make_pairs(axis, answers) for axis in ("help", "verb")}
     OUT.mkdir(parents=True, exist_ok=True)
     for axis, own in pairs.items():

@@ -34,8 +34,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     quickstart.add_argument("--output", type=Path, default=Path("quickstart-output"), help="directory to write")
     quickstart.add_argument("--steps", type=_positive, default=16, help="optimizer steps per axis (default: %(default)s)")
-    quickstart.add_argument("--prompts", type=_positive, default=12, help="held-out questions (default: %(default)s)")
-    quickstart.add_argument("--tokens", type=_positive, default=48, help="length limit of an answer (default: %(default)s)")
+    quickstart.add_argument("--pairs", type=_positive, default=24, help="held-out pairs per axis (default: %(default)s)")
+    quickstart.add_argument("--prompts", type=_positive, default=8, help="held-out questions (default: %(default)s)")
+    quickstart.add_argument("--tokens", type=_positive, default=40, help="length limit of an answer (default: %(default)s)")
     quickstart.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     quickstart.set_defaults(run=_quickstart)
     return parser
@@ -49,11 +50,11 @@ def _positive(text: str) -> int:
 
 
 def _quickstart(options: argparse.Namespace) -> int:
-    from tangent_peft.cli.quickstart import QuickstartOptions, run_quickstart
+    from tangent_peft.cli.jobs import QuickstartOptions
+    from tangent_peft.cli.quickstart import run_quickstart
 
-    run_quickstart(
-        QuickstartOptions(options.output, options.steps, options.prompts, options.tokens, options.seed)
-    )
+    sizes = (options.steps, options.pairs, options.prompts, options.tokens)
+    run_quickstart(QuickstartOptions(options.output, *sizes, seed=options.seed))
     return 0
 
 

@@ -4,7 +4,7 @@ from tangent_peft.evaluate.plots import plot_fronts as plot_fronts
 from tangent_peft.evaluate.preferences import PreferenceAccuracy as PreferenceAccuracy
 from tangent_peft.evaluate.preferences import preference_accuracy as preference_accuracy
 from tangent_peft.evaluate.scorers import answer_length as answer_length
-from tangent_peft.evaluate.scorers import question_relevance as question_relevance
+from tangent_peft.evaluate.scorers import question_coverage as question_coverage
 from tangent_peft.evaluate.sweep import SweepPoint as SweepPoint
 from tangent_peft.evaluate.sweep import generate_answers as generate_answers
 from tangent_peft.evaluate.sweep import sweep as sweep

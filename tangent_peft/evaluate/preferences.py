@@ -7,13 +7,12 @@ log π/π₀ (y_w|x) > log π/π₀ (y_l|x); for the base itself this is undecid
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 
@@ -60,7 +59,7 @@ def pair_logps(
     tokenizer: PreTrainedTokenizerBase,
     pairs: Sequence[Pair],
     batch_size: int = 4,
-    progress: str | None = None,
+    progress: Callable[[], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each pair's answers under the model as it is now.
 
@@ -69,16 +68,19 @@ def pair_logps(
         tokenizer: with a chat template.
         pairs: rows with `prompt`, `chosen`, `rejected` as message lists.
         batch_size: pairs per forward.
-        progress: description of a progress bar; `None` shows none.
+        progress: called after every batch.
 
     Returns:
         log π (N, 2) in nats, chosen first, and the answers' lengths (N, 2) in tokens, end-of-turn included.
     """
     was_training = model.training
     model.eval()
-    starts = tqdm(range(0, len(pairs), batch_size), desc=progress, disable=progress is None, leave=False)
+    scored = []
     try:
-        scored = [_score(model, tokenizer, pairs[start : start + batch_size]) for start in starts]
+        for start in range(0, len(pairs), batch_size):
+            scored.append(_score(model, tokenizer, pairs[start : start + batch_size]))
+            if progress is not None:
+                progress()
     finally:
         model.train(was_training)
     logps, lengths = (torch.cat(column) for column in zip(*scored, strict=True))

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from tangent_peft.tuner import tangent_tuner
@@ -51,6 +50,7 @@ def sweep(
     scorers: Mapping[str, Scorer],
     evaluations: Sequence[Evaluation] = EVALUATIONS,
     max_new_tokens: int = 64,
+    progress: Callable[[], None] | None = None,
 ) -> list[SweepPoint]:
     """Answers `questions` under every mix and evaluation, greedily, and scores the answers.
 
@@ -62,18 +62,21 @@ def sweep(
         scorers: functions (questions, answers) → one number per answer, by name.
         evaluations: which of `"linearized"` and `"merged"` to run.
         max_new_tokens: length limit of an answer.
+        progress: called after every point.
 
     Returns:
         A point for every mix and evaluation, in that order.
     """
     tuner = tangent_tuner(model)
     points = []
-    for weights in tqdm([dict(mix) for mix in mixes], desc="mixes"):
+    for weights in map(dict, mixes):
         for evaluation in evaluations:
             with tuner.axes(weights), tuner.linearized(evaluation == "linearized"):
                 answers = generate_answers(model, tokenizer, questions, max_new_tokens)
             scores = {name: _mean(scorer(questions, answers)) for name, scorer in scorers.items()}
             points.append(SweepPoint(weights, evaluation, scores, answers))
+            if progress is not None:
+                progress()
     return points
 
 

@@ -130,10 +130,10 @@ def tangent_attention(
             f"Attention dropout {dropout} in a linearized forward: the kernel does not tell which weights it dropped, so "
             "value and derivative would disagree. Set `attention_dropout=0` in the config or call `model.eval()`."
         )
+    mask = _allowed_keys(attention_mask, k)
     shape = _shape_of(module, q, attention_mask, scaling, kwargs)
     if "flash" in chosen:
         shape = replace(shape, offset=k.shape[2] - q.shape[2])
-    mask = _allowed_keys(attention_mask, k)
     sinks = kwargs.get("s_aux")
     dtype = _kernel_dtype(q)
     tangents = tuple(None if t is None else t.to(dtype) for t in (dq, dk, dv))
@@ -228,22 +228,18 @@ def _tangent_by_chunks(
     chunks = []
     for rows, keys in _chunks(q, k, shape):
         weights, slope = _weights(q[:, :, rows], k[:, :, keys], mask, sinks, shape, rows, keys)
+        from_query = None if dq is None else _group(dq[:, :, rows], k) @ k[:, :, keys].mT
+        from_key = None if dk is None else _group(q[:, :, rows], k) @ dk[:, :, keys].mT
+        scores = _plus(from_query, from_key)
         result = None
-        if dq is not None or dk is not None:
-            scores = _zero_or(dq, lambda t: _group(t[:, :, rows], k) @ k[:, :, keys].mT)
-            scores = _plus(scores, _zero_or(dk, lambda t: _group(q[:, :, rows], k) @ t[:, :, keys].mT))
+        if scores is not None:
             weighted = weights * _per_query(scores * shape.scale, weights)
             weighted = weighted if slope is None else weighted * slope
             row_sums = weighted.sum(-1, keepdim=True)
-            o = _group(out[:, :, rows], k)
-            result = _flat(weighted) @ v[:, :, keys] - _flat(row_sums) * o
-        result = _plus(result, _zero_or(dv, lambda t: _flat(weights) @ t[:, :, keys]))
+            result = _flat(weighted) @ v[:, :, keys] - _flat(row_sums) * _group(out[:, :, rows], k)
+        result = _plus(result, None if dv is None else _flat(weights) @ dv[:, :, keys])
         chunks.append(result.view(q[:, :, rows].shape[:3] + (v.shape[-1],)))
     return torch.cat(chunks, dim=2)
-
-
-def _zero_or(tangent: Tensor | None, term: Any) -> Tensor | None:
-    return None if tangent is None else term(tangent)
 
 
 def _plus(left: Tensor | None, right: Tensor | None) -> Any:

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, EncoderDecoderCache
+from transformers.cache_utils import Cache, EncoderDecoderCache, StaticLayer
 
 from tangent_peft.forward.level import LinearizedPass, carries_tangent, current_pass, dual, split
 
@@ -79,6 +79,15 @@ def _normal_storage(cache: Cache, layer_idx: int) -> None:
             state[name] = value.clone()
 
 
+def _make_room(cache: Cache, layer_idx: int, key_states: Tensor) -> None:
+    """An emptied static buffer is allocated anew where it has another number of heads: packed before and now not."""
+    layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
+    if not isinstance(layer, StaticLayer) or not layer.is_initialized:
+        return
+    if layer.keys.shape[1] != key_states.shape[1] and int(layer.get_seq_length()) == 0:
+        layer.is_initialized = False
+
+
 def reveal_cross_attention(opened: LinearizedPass, cache: Any) -> None:
     """Replaces the packed keys and values of an encoder's output by dual ones until the pass closes."""
     if not isinstance(cache, EncoderDecoderCache):
@@ -103,12 +112,14 @@ def _wrap_update(original: Any) -> Any:
             return original(self, key_states, value_states, layer_idx, *args, **kwargs)
         _check_stamp(self, layer_idx)
         if current_pass() is None:
+            _make_room(self, layer_idx, key_states)
             return original(self, key_states, value_states, layer_idx, *args, **kwargs)
         _normal_storage(self, layer_idx)
         (key, dkey), (value, dvalue) = split(key_states), split(value_states)
         packed = dkey is not None or dvalue is not None
         if packed:
             key_states, value_states = pack(key, dkey), pack(value, dvalue)
+        _make_room(self, layer_idx, key_states)
         keys, values = original(self, key_states, value_states, layer_idx, *args, **kwargs)
         vars(self.layers[layer_idx])[_PACKED] = packed
         if not packed:

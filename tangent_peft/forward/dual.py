@@ -10,6 +10,7 @@ This file knows modules that carry tangents (`TangentCarrier`) but not where the
 
 from __future__ import annotations
 
+import sys
 from abc import abstractmethod
 from collections.abc import Hashable, Iterable
 from types import MethodType
@@ -24,6 +25,7 @@ from tangent_peft.forward.exits import TangentExit, find_exit, find_head
 from tangent_peft.forward.level import (
     LinearizedPass,
     carries_tangent,
+    close_interrupted_pass,
     close_pass,
     current_pass,
     join,
@@ -66,9 +68,10 @@ class LinearizedForward:
         exit_ = find_exit(root, set(self.carriers))
         self.handles = [
             root.register_forward_pre_hook(self._open, with_kwargs=True),
-            self._register_exit(exit_),
             root.register_forward_hook(self._close, with_kwargs=True, always_call=True),
         ]
+        if exit_.module is not root:  # what leaves the root is joined as the pass closes
+            self.handles.append(self._register_exit(exit_))
 
     def _register_exit(self, exit_: TangentExit) -> Any:
         if exit_.side == "input":
@@ -92,6 +95,7 @@ class LinearizedForward:
         return mixes or None
 
     def _open(self, root: nn.Module, args: Any, kwargs: Any) -> None:
+        close_interrupted_pass()
         running = current_pass()
         if running is not None and running.root is root:
             running.depth += 1  # the root calls itself: still the same pass
@@ -101,7 +105,7 @@ class LinearizedForward:
         if mix is None:
             return
         self._check(root)
-        opened = open_pass(root, mix)
+        opened = open_pass(root, mix, caller=sys._getframe(1))
         try:
             derive_attention(opened)
             reveal_cross_attention(opened, kwargs.get("past_key_values"))
@@ -116,11 +120,11 @@ class LinearizedForward:
                 "at the frozen weights and can not mix the two. Activate one kind, or evaluate all of them as weights "
                 "inside `with model.linearized(False):`."
             )
-        if root.training and torch.is_grad_enabled() and _is_checkpointing(root):
+        if root.training and _is_checkpointing(root):  # the reentrant kind drops tangents without gradients as well
             raise ValueError(
                 f"{type(root).__name__} has gradient checkpointing enabled: its recomputation happens outside the dual "
-                "level and would lose the tangents. Call `model.gradient_checkpointing_disable()`, or set "
-                "`gradient_checkpointing=False` in the training arguments."
+                "level and would lose the tangents. Call `model.gradient_checkpointing_disable()` (or "
+                "`model.eval()` for inference), or set `gradient_checkpointing=False` in the training arguments."
             )
 
     def _guard(self, guarded: bool) -> None:

@@ -6,9 +6,12 @@ model; `dual.py` opens and closes it around a model's forward.
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Callable, Hashable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import torch
@@ -27,6 +30,8 @@ class LinearizedPass:
         hidden: primal and tangent (B, T, D) of the backbone's last hidden state, if the tangent ended there.
         depth: how often the root is inside its own forward.
         contexts: what is undone, in reverse order, when the pass closes.
+        caller: the frame of the call that the pass belongs to.
+        thread: the thread that runs it.
     """
 
     root: nn.Module
@@ -35,6 +40,17 @@ class LinearizedPass:
     hidden: tuple[Tensor, Tensor | None] | None = None
     depth: int = 0
     contexts: ExitStack = field(default_factory=ExitStack)
+    caller: FrameType | None = None
+    thread: threading.Thread = field(default_factory=threading.current_thread)
+
+    def is_running(self) -> bool:
+        """Whether the call that opened the pass has not ended yet."""
+        if self.thread is not threading.current_thread():
+            return self.thread.is_alive()
+        frame: FrameType | None = sys._getframe()
+        while frame is not None and frame is not self.caller:
+            frame = frame.f_back
+        return frame is not None
 
 
 _open_pass: LinearizedPass | None = None
@@ -45,8 +61,19 @@ def current_pass() -> LinearizedPass | None:
     return _open_pass
 
 
-def open_pass(root: nn.Module, mix: Hashable) -> LinearizedPass:
+def close_interrupted_pass() -> None:
+    """Closes a pass whose forward was left by an exception that PyTorch's hooks do not see: an interrupt (Ctrl-C)."""
+    if _open_pass is not None and not _open_pass.is_running():
+        close_pass(_open_pass)
+
+
+def open_pass(root: nn.Module, mix: Hashable, caller: FrameType | None = None) -> LinearizedPass:
     """Enters a dual level for a forward of `root`.
+
+    Args:
+        root: the module whose call is the pass.
+        mix: identity of its tangents.
+        caller: the frame of that call; the caller of this function by default.
 
     Raises:
         RuntimeError: if a dual level is open already; PyTorch does not nest them.
@@ -58,7 +85,7 @@ def open_pass(root: nn.Module, mix: Hashable) -> LinearizedPass:
             "which carries tangents as well; PyTorch does not nest dual levels. Run one of the two with "
             "`model.linearized(False)`, or outside the other."
         )
-    opened = LinearizedPass(root, mix)
+    opened = LinearizedPass(root, mix, caller=caller or sys._getframe(1))
     if torch.is_inference_mode_enabled():
         # `inference_mode` drops tangents without a word (the tangent of any dual made in it is None).
         opened.contexts.enter_context(torch.inference_mode(False))
@@ -120,6 +147,8 @@ def map_tensors(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
         return tree
     if isinstance(tree, tuple) and type(tree) is tuple or isinstance(tree, list):
         return type(tree)(map_tensors(value, function) for value in tree)
+    if isinstance(tree, tuple) and type(tree).__module__ == "torch.return_types":  # of torch.max and its like
+        return type(tree)([map_tensors(value, function) for value in tree])
     if isinstance(tree, tuple):  # a named tuple
         return type(tree)(*(map_tensors(value, function) for value in tree))
     return tree

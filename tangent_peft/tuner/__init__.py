@@ -6,6 +6,7 @@ from tangent_peft.tuner.layer import TangentConv1D as TangentConv1D
 from tangent_peft.tuner.layer import TangentLayer as TangentLayer
 from tangent_peft.tuner.layer import TangentLinear as TangentLinear
 from tangent_peft.tuner.model import TangentModel as TangentModel
+from tangent_peft.tuner.model import tangent_tuner as tangent_tuner
 from tangent_peft.tuner.registration import register
 
 

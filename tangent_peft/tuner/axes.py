@@ -49,9 +49,9 @@ def check_weights(tuner: TangentModel, weights: Mapping[str, float]) -> dict[str
                 f"Unknown axis {name!r}; this model has {sorted(tuner.peft_config)}. Load it first with "
                 f"`model.load_adapter(path, adapter_name={name!r})`."
             )
-        value = float(weight)
+        value = _as_number(weight)
         if not math.isfinite(value):
-            raise ValueError(f"The weight of axis {name!r} is {value}; λ must be a finite number.")
+            raise ValueError(f"The weight of axis {name!r} is {weight!r}; λ must be a finite number.")
         if abs(value) > SAFE_WEIGHT:
             warnings.warn(
                 f"λ = {value} for axis {name!r}: mixes beyond |λ| = {SAFE_WEIGHT:g} are outside the range in which TS-DPO "
@@ -62,18 +62,41 @@ def check_weights(tuner: TangentModel, weights: Mapping[str, float]) -> dict[str
     return checked
 
 
-def activate(tuner: TangentModel, weights: Mapping[str, float]) -> None:
-    """Makes `weights` the active mix; see `TangentModel.combine_axes`. The axes are frozen, as for inference."""
-    checked = check_weights(tuner, weights)
-    layers = list(tangent_layers(tuner.model))
-    merged = sorted({name for layer in layers for name in layer.merged_adapters})
+def _as_number(weight: object) -> float:
+    """A number of any library as a float; NaN for what is none."""
+    try:
+        return math.nan if isinstance(weight, str) else float(weight)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return math.nan
+
+
+def check_unmerged(tuner: TangentModel) -> None:
+    """Raises a `ValueError` if axes are merged into the base weights."""
+    merged = sorted({name for layer in tangent_layers(tuner.model) for name in layer.merged_adapters})
     if merged:
         raise ValueError(
             f"Axes {merged} are merged into the base weights, so a mix can not change them. Call `model.unmerge_adapter()` "
             "first."
         )
+
+
+def refuse_saved_modules(tuner: TangentModel, weights: Mapping[str, float]) -> None:
+    """Raises a `ValueError` if an axis keeps modules of its own, to which no λ applies."""
+    for name in weights:
+        extra = tuner.peft_config[name].modules_to_save
+        if extra:
+            raise ValueError(
+                f"Axis {name!r} keeps its own copy of the modules {extra}, which have no λ and do not mix. Activate that "
+                "one axis and use `model.merge_and_unload()`."
+            )
+
+
+def activate(tuner: TangentModel, weights: Mapping[str, float]) -> None:
+    """Makes `weights` the active mix; see `TangentModel.combine_axes`. The axes are frozen, as for inference."""
+    checked = check_weights(tuner, weights)
+    check_unmerged(tuner)
     BaseTuner.set_adapter(tuner, list(checked), inference_mode=True)
-    for layer in layers:
+    for layer in tangent_layers(tuner.model):
         layer.tangent_scaling.update({name: w for name, w in checked.items() if name in layer.tangent_scaling})
 
 
@@ -115,6 +138,7 @@ def restore_scaling(before: Snapshot) -> None:
 @contextmanager
 def preserved(tuner: TangentModel) -> Iterator[None]:
     """Restores the active axes, their λ and what trains at the end of the block."""
+    check_unmerged(tuner)  # PEFT would unmerge on its way back
     before, active = snapshot(tuner.model), tuner.active_adapter
     try:
         yield
@@ -138,8 +162,9 @@ def store(tuner: TangentModel, weights: Mapping[str, float], adapter_name: str) 
         )
     if not checked:
         raise ValueError("A stored mix needs at least one axis; the mix given is empty.")
+    refuse_saved_modules(tuner, checked)
     with torch.no_grad():
-        mixed = mix_factors(tuner, checked)
+        mixed = _uniform(mix_factors(tuner, checked))
     with preserved(tuner):
         tuner.peft_config[adapter_name] = _mixed_config(tuner, checked, mixed)
         try:
@@ -167,11 +192,26 @@ def _mix_layer(layer: TangentLayer, weights: Mapping[str, float]) -> TangentFact
     if any(layer.tangent_r[name] is None for name in weights):
         return TangentFactors(dense=sum(layer.delta(name, scale) for name, scale in weights.items()))  # type: ignore[arg-type]
     factors = [layer.factors(name, scale) for name, scale in weights.items()]
-    keys = {layer.tangent_key.get(name) for name in weights}
     bs, projections = [f.b for f in factors if f.b is not None], [f.a for f in factors if f.a is not None]
-    if len(keys) == 1 and None not in keys or len(factors) == 1:
+    if len(factors) == 1 or _common_projection(layer, weights) is not None:
         return TangentFactors(b=sum(bs[1:], start=bs[0]), a=projections[0])
     return TangentFactors(b=torch.cat(bs, dim=1), a=torch.cat(projections, dim=0))
+
+
+def _common_projection(layer: TangentLayer, weights: Mapping[str, float]) -> tuple[int, int] | None:
+    """Seed and rank of the projection that all of these axes share at this layer; `None` if they share none."""
+    keys = {layer.tangent_key.get(name) for name in weights if name in layer.tangent_r}
+    return keys.pop() if len(keys) == 1 else None
+
+
+def _uniform(mixed: Mapping[str, TangentFactors]) -> dict[str, TangentFactors]:
+    """Dense at every layer if it is at one: an adapter has one form of τ."""
+    if all(factors.dense is None for factors in mixed.values()):
+        return dict(mixed)
+    return {
+        name: TangentFactors(dense=f.b @ f.a) if f.b is not None and f.a is not None else f
+        for name, f in mixed.items()
+    }
 
 
 def _mixed_config(
@@ -184,18 +224,18 @@ def _mixed_config(
             "one adapter either is linearized or adds its weights."
         )
     ranks = {name: factors.a.shape[0] for name, factors in mixed.items() if factors.a is not None}
-    dense = len(ranks) < len(mixed)
-    shared = all(source.projection == "shared" for source in sources)
-    same = len({(source.projection_seed, source.r) for source in sources}) == 1
-    r = None if dense else max(ranks.values())
+    r = max(ranks.values(), default=None)
+    keys = [_common_projection(layer, weights) for layer in tangent_layers(tuner.model) if layer.layer_name in mixed]
+    seeds = {None if key is None else key[0] for key in keys}
+    shared = len(seeds) == 1 and None not in seeds
     return TangentConfig(
         r=r,
-        projection="shared" if dense or (shared and same) else "trained",
-        projection_seed=sources[0].projection_seed,
+        projection="shared" if r is None or shared else "trained",
+        projection_seed=seeds.pop() if shared else 0,  # type: ignore[arg-type]
         num_layers=None,
         lm_head=False,
         target_modules=sorted(mixed),
-        rank_pattern={} if dense else {name.replace(".", r"\."): k for name, k in ranks.items() if k != r},
+        rank_pattern={name.replace(".", r"\."): k for name, k in ranks.items() if k != r},
         linearize=sources[0].linearize,
         task_type=sources[0].task_type,
         base_model_name_or_path=sources[0].base_model_name_or_path,
@@ -208,8 +248,6 @@ def _fill(layer: TangentLayer, adapter_name: str, factors: TangentFactors) -> No
     targets = {"tangent_delta": factors.dense, "tangent_B": factors.b, "tangent_A": factors.a}
     for attribute, value in targets.items():
         holder = layer.get_submodule(attribute)
-        if isinstance(holder, nn.ModuleDict) and adapter_name in holder:
-            if value is None:
-                raise ValueError(f"Layer {layer.layer_name!r} mixes dense and low-rank axes in a way that is not uniform.")
+        if isinstance(holder, nn.ModuleDict) and adapter_name in holder and value is not None:
             weight = holder[adapter_name].weight
             holder[adapter_name].weight = nn.Parameter(value.detach().to(weight.device).clone(), requires_grad=False)

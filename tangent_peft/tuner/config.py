@@ -78,10 +78,13 @@ class TangentConfig(PeftConfig):
     def _check_rank(self) -> None:
         if self.projection not in ("shared", "trained"):
             raise ValueError(f"`projection` is 'shared' or 'trained', found {self.projection!r}.")
-        if self.r is not None and (not isinstance(self.r, int) or self.r < 1):
+        if self.r is not None and not _is_count(self.r):
             raise ValueError(f"`r` is a positive integer, or None for a dense tangent; found {self.r!r}.")
-        if self.num_layers is not None and self.num_layers < 1:
+        if self.num_layers is not None and not _is_count(self.num_layers):
             raise ValueError(f"`num_layers` is a positive integer, or None for all blocks; found {self.num_layers!r}.")
+        for name, r in self.rank_pattern.items():
+            if not _is_count(r):
+                raise ValueError(f"The ranks in `rank_pattern` are positive integers; found {r!r} for {name!r}.")
         if self.r is None and self.rank_pattern:
             raise ValueError(
                 f"`rank_pattern={self.rank_pattern}` needs a rank to deviate from; `r` is None (dense). Set `r` as well."
@@ -108,6 +111,10 @@ class TangentConfig(PeftConfig):
         if weights.is_file():
             check_safetensors(weights)
         return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def check_safetensors(path: Path) -> None:

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tangent_peft.tuner.axes import active_weights, check_weights, mix_factors, tangent_layers
+from tangent_peft.tuner.axes import active_weights, check_weights, mix_factors, refuse_saved_modules, tangent_layers
 from tangent_peft.tuner.layer import TangentFactors
 from tangent_peft.tuner.registration import PREFIX
 
@@ -63,7 +63,8 @@ def export_merged(
             "`model.merge_and_unload()` and save its state dict."
         )
     chosen = _chosen(tuner, weights)
-    _refuse_saved_modules(tuner, chosen)
+    refuse_saved_modules(tuner, chosen)
+    path.mkdir(parents=True, exist_ok=True)  # transformers only logs that the path is a file
     state = _merged_state(tuner, chosen)
     config = copy.deepcopy(base.config)
     head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
@@ -85,16 +86,6 @@ def _chosen(tuner: TangentModel, weights: Mapping[str, float] | None) -> dict[st
     if any(layer.merged for layer in tangent_layers(tuner.model)):
         raise ValueError("Axes are merged into the base weights. Call `model.unmerge_adapter()` before exporting.")
     return check_weights(tuner, active_weights(tuner) if weights is None else weights)
-
-
-def _refuse_saved_modules(tuner: TangentModel, weights: Mapping[str, float]) -> None:
-    for name in weights:
-        extra = tuner.peft_config[name].modules_to_save
-        if extra:
-            raise ValueError(
-                f"Axis {name!r} keeps its own copy of the modules {extra}, which have no λ and do not mix. Activate that one "
-                "axis and use `model.merge_and_unload()`."
-            )
 
 
 @torch.no_grad()
@@ -132,10 +123,12 @@ def export_lora(
         The rank and the relative error of the LoRA.
 
     Raises:
-        ValueError: for an empty mix, or an axis that keeps extra modules.
+        ValueError: for an empty mix, a rank below 1, or an axis that keeps extra modules.
     """
+    if rank is not None and rank < 1:
+        raise ValueError(f"`rank` is a positive integer, or None for the rank of the mix; found {rank}.")
     chosen = _chosen(tuner, weights)
-    _refuse_saved_modules(tuner, chosen)
+    refuse_saved_modules(tuner, chosen)
     with torch.no_grad():
         mixed = mix_factors(tuner, chosen)
         if not mixed:

@@ -24,6 +24,9 @@ from tangent_peft.tuner.config import TangentConfig
 from tangent_peft.tuner.projection import shared_projection
 
 
+STACKED_ROWS = 64  # up to so many rows, reading the weight costs more than multiplying by it
+
+
 class TangentWeight(nn.Module):
     """A leaf that holds one matrix as `.weight`, so that sharding engines and TRL's copies treat it as a layer."""
 
@@ -34,6 +37,10 @@ class TangentWeight(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (…, columns) → x·weightᵀ (…, rows), in the dtype of x."""
         return F.linear(x, self.weight.to(x.dtype))
+
+    def extra_repr(self) -> str:
+        """The shape, for the module's printout."""
+        return "{}, {}".format(*self.weight.shape)
 
 
 @dataclass(frozen=True)
@@ -218,11 +225,21 @@ class TangentLayer(TangentCarrier, BaseTunerLayer):
                 "a part, use `with model.linearized(False):` (weights) or `with model.disable_adapter():` (base)."
             )
         primal, tangent = split(x)
-        y = self.base_layer(primal, *args, **kwargs)
+        y, passed_on = self._apply_base(primal, tangent, *args, **kwargs)
         dy = self._apply_tangent(primal, carried).to(y.dtype)
-        if tangent is not None:
-            dy = dy + self._linear_part(tangent)
-        return dual(y, dy)
+        return dual(y, dy if passed_on is None else dy + passed_on)
+
+    def _apply_base(
+        self, primal: Tensor, tangent: Tensor | None, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """W x + b and W ẋ. Few rows, as in decoding, are bound by reading W: both are then one product."""
+        if tangent is None:
+            return self.base_layer(primal, *args, **kwargs), None
+        few = primal.numel() <= STACKED_ROWS * self.in_features
+        if few and self.bias is None and not torch.is_grad_enabled():
+            y, passed_on = self.base_layer(torch.cat([primal, tangent]), *args, **kwargs).chunk(2)
+            return y, passed_on
+        return self.base_layer(primal, *args, **kwargs), self._linear_part(tangent)
 
     def _linear_part(self, x: Tensor) -> Tensor:
         """W x, without the bias."""

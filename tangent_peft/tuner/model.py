@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
@@ -25,7 +26,15 @@ from tangent_peft.tuner.fingerprint import check_fingerprint, fingerprint
 from tangent_peft.tuner.layer import TangentLayer, wrap_layer
 from tangent_peft.tuner.registration import PREFIX
 from tangent_peft.tuner.state import check_state_dict
-from tangent_peft.tuner.targets import ALL_LINEAR, default_targets, find_blocks, head_name, is_target
+from tangent_peft.tuner.targets import (
+    ALL_LINEAR,
+    check_targets,
+    default_targets,
+    find_blocks,
+    head_in_targets,
+    head_name,
+    is_target,
+)
 
 
 class TangentModel(BaseTuner):
@@ -45,6 +54,8 @@ class TangentModel(BaseTuner):
         self.blocks, self.head_name = find_blocks(self.model, peft_config.layers_pattern), head_name(self.model)
         if peft_config.target_modules is None or peft_config.target_modules == ALL_LINEAR:
             peft_config.target_modules = default_targets(self.model, peft_config)  # type: ignore[assignment]
+        head_in_targets(peft_config, self.head_name)
+        check_targets(peft_config, self.model)
         return peft_config
 
     def _check_target_module_exists(self, peft_config: TangentConfig, key: str) -> Any:  # type: ignore[override]
@@ -81,11 +92,12 @@ class TangentModel(BaseTuner):
         """
         config = self.peft_config[adapter_name]
         check_fingerprint(config.base_fingerprint, model, adapter_name)
-        before = axes.snapshot(model)
+        before, forced = axes.snapshot(model), self._forced()
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if config.base_fingerprint is None and not config.inference_mode:
             config.base_fingerprint = fingerprint(model)
         axes.restore_scaling(before)
+        self._force(forced)
         self._mark_head(model)
         linearize_forward(model)
 
@@ -168,7 +180,14 @@ class TangentModel(BaseTuner):
 
     @contextmanager
     def axes(self, weights: Mapping[str, float] | None = None, /, **named: float) -> Iterator[None]:
-        """Mixes axes for the duration of a `with` block: `with model.axes(help=1.0, verb=-0.5):`."""
+        """Mixes axes for the duration of a `with` block: `with model.axes(help=1.0, verb=-0.5):`.
+
+        Raises:
+            ValueError: as `combine_axes`, and for an axis given twice, by mapping and by keyword.
+        """
+        twice = sorted(set(weights or {}) & set(named))
+        if twice:
+            raise ValueError(f"Axes {twice} are given twice, in the mapping and as keywords. Give each one λ.")
         with axes.preserved(self):
             axes.activate(self, {**(weights or {}), **named})
             yield
@@ -180,15 +199,20 @@ class TangentModel(BaseTuner):
         Args:
             flag: `True`: f_lin. `False`: the ordinary network at the weights θ(λ), without merging them.
         """
-        layers = list(axes.tangent_layers(self.model))
-        before = [layer.tangent_forced for layer in layers]
-        for layer in layers:
-            layer.tangent_forced = flag
+        before = self._forced()
+        self._force(flag)
         try:
             yield
         finally:
-            for layer, forced in zip(layers, before, strict=True):
-                layer.tangent_forced = forced
+            self._force(before)
+
+    def _forced(self) -> bool | None:
+        """The evaluation that a surrounding `linearized(...)` chose, the same at every layer."""
+        return next((layer.tangent_forced for layer in axes.tangent_layers(self.model)), None)
+
+    def _force(self, flag: bool | None) -> None:
+        for layer in axes.tangent_layers(self.model):
+            layer.tangent_forced = flag
 
     # ---- exports -----------------------------------------------------------------------------------------------
 
@@ -206,6 +230,21 @@ class TangentModel(BaseTuner):
     ) -> export.LoraExport:
         """Saves θ(λ) − θ₀ as a plain LoRA; see `tangent_peft.tuner.export.export_lora`."""
         return export.export_lora(self, Path(path), weights, rank)
+
+
+def tangent_tuner(model: nn.Module) -> TangentModel:
+    """The `TangentModel` inside a `PeftModel`, or itself.
+
+    Raises:
+        TypeError: if the model carries no tangent axes.
+    """
+    tuner = model.base_model if isinstance(model, PeftModel) else model
+    if not isinstance(tuner, TangentModel):
+        raise TypeError(
+            f"Expected a PeftModel made with TangentConfig, found {type(model).__name__}. Wrap the model with "
+            "`get_peft_model(model, TangentConfig(...))` or load axes with `PeftModel.from_pretrained`."
+        )
+    return tuner
 
 
 def linearize_forward(model: nn.Module) -> None:

@@ -80,6 +80,35 @@ def default_targets(model: nn.Module, config: TangentConfig) -> set[str]:
     return names
 
 
+def head_in_targets(config: TangentConfig, head: str | None) -> None:
+    """Turns a head named in `target_modules` into `lm_head=True`, which means the same.
+
+    PEFT saves the whole embedding beside an adapter whose `target_modules` name "lm_head".
+    """
+    if head is None or config.target_modules is None or isinstance(config.target_modules, str):
+        return
+    naming = {name for name in config.target_modules if head == name or head.endswith("." + name)}
+    if naming:
+        config.lm_head = True
+        config.target_modules = set(config.target_modules) - naming  # type: ignore[assignment]
+
+
+def check_targets(config: TangentConfig, model: nn.Module) -> None:
+    """Refuses `target_modules` that match nothing, which PEFT would not notice beside the head of `lm_head`.
+
+    Raises:
+        ValueError: if no module of the model is named so.
+    """
+    names = config.target_modules
+    if not names or not config.lm_head or isinstance(names, str):
+        return
+    if not any(key == name or key.endswith("." + name) for key, _ in model.named_modules() for name in names):
+        raise ValueError(
+            f"No module of {type(model).__name__} is named as in target_modules={sorted(names)}. Name some of its "
+            "modules, or None for every linear layer."
+        )
+
+
 def is_target(config: TangentConfig, key: str, blocks: tuple[str, int] | None, head: str | None) -> object:
     """Whether module `key` is wrapped; PEFT's marker for an excluded one is passed on."""
     regular_expression = isinstance(config.target_modules, str)

@@ -59,7 +59,7 @@ def test_missing_wheel(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_small_quickstart(tmp_path: Path) -> None:
     """Every stage once: two steps per axis, two questions, answers of four tokens."""
     output = tmp_path / "out"
-    assert main(["quickstart", "--output", str(output), "--steps", "2", "--prompts", "2", "--tokens", "4"]) == 0
+    assert main(["quickstart", "--output", str(output), "--steps", "2", "--pairs", "2", "--prompts", "2", "--tokens", "4"]) == 0
     report = json.loads((output / "results.json").read_text())
     assert {(entry["weights"]["verb"], entry["evaluation"]) for entry in report["sweep"]} >= {
         (-2.0, "linearized"),

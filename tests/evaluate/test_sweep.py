@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from peft import get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
@@ -58,15 +57,13 @@ def test_needs_axes(tiny_llama: Callable[[], PreTrainedModel], tokenizer: PreTra
         sweep(tiny_llama(), tokenizer, [{}], QUESTIONS, {})
 
 
-def test_scorers(tiny_llama: Callable[[], PreTrainedModel], tokenizer: PreTrainedTokenizerFast) -> None:
-    from tangent_peft.evaluate import answer_length, question_relevance
+def test_scorers(tokenizer: PreTrainedTokenizerFast) -> None:
+    from tangent_peft.evaluate import answer_length, question_coverage
 
     assert answer_length(tokenizer, ["", "a"])[0] == 0
-    model = tiny_llama()
-    scores = question_relevance(model, tokenizer, QUESTIONS, ["It falls.", ""], batch_size=1)
-    assert scores[1] == 0 and torch.equal(
-        scores, question_relevance(model, tokenizer, QUESTIONS, ["It falls.", ""], batch_size=1)
-    )
-    assert torch.allclose(scores, question_relevance(model, tokenizer, QUESTIONS, ["It falls.", ""]), atol=1e-5)
+    assert answer_length(tokenizer, ["a cat", "a cat<|im_end|>"])[0] == answer_length(tokenizer, ["a cat<|im_end|>"])[0]
+    questions = ["How do I boil eggs?", "How do I boil eggs?", "How do I boil eggs?", "Why?"]
+    answers = ["Boil an egg for six minutes.", "Use boiling water.", "", "Because."]
+    assert question_coverage(questions, answers) == [1.0, 0.5, 0.0, 0.0]
     with pytest.raises(ValueError, match="1 questions but 2 answers"):
-        question_relevance(model, tokenizer, QUESTIONS[:1], ["a", "b"])
+        question_coverage(questions[:1], ["a", "b"])

@@ -1,0 +1,250 @@
+"""The heavy work of the quickstart, one job per core: training an axis, evaluating the axes in one way.
+
+Each job is a function of plain values that loads what it needs, so that it can run in a process of its own. It reports
+progress as `Progress` messages and knows neither the terminal nor the other jobs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers.utils import logging as transformers_logging
+
+from tangent_peft.cli.smollm2 import Axis, load_smollm2, quickstart_pairs
+
+
+AXES: tuple[Axis, ...] = ("help", "verb")
+LAMBDAS = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
+RANK = 16
+LEARNING_RATE = 2e-3
+BETA = 0.1
+PAIRS_PER_STEP = 4
+
+
+@dataclass(frozen=True)
+class QuickstartOptions:
+    """What the command line offers.
+
+    Attributes:
+        output: directory to write.
+        steps: optimizer steps per axis.
+        pairs: held-out pairs per axis on which accuracy is measured.
+        prompts: held-out questions that the sweep answers.
+        tokens: length limit of an answer.
+        seed: seed of the data order.
+    """
+
+    output: Path
+    steps: int = 16
+    pairs: int = 24
+    prompts: int = 8
+    tokens: int = 40
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One step forward in a job: its name, how far it is, and how far it will go."""
+
+    job: str
+    done: int
+    total: int
+
+
+Report = Callable[[Progress], None]
+
+
+class Counter:
+    """Counts the steps of a job and reports each."""
+
+    def __init__(self, job: str, total: int, report: Report) -> None:
+        self.job, self.done, self.total, self.report = job, 0, total, report
+
+    def __call__(self) -> None:
+        self.done += 1
+        self.report(Progress(self.job, self.done, self.total))
+
+
+def prepare_worker(threads: int) -> None:
+    """Sets up a process for one job at a time on `threads` cores."""
+    torch.set_num_threads(threads)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def peak_memory_gb() -> float:
+    """Largest resident size of this process so far, in GiB; NaN where the platform does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+class _StepCallback(TrainerCallback):
+    """Passes each optimizer step on."""
+
+    def __init__(self, counter: Counter) -> None:
+        self.counter = counter
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the trainer after an optimizer step."""
+        self.counter()
+
+
+def train_axis(axis: Axis, options: QuickstartOptions, report: Report) -> dict[str, float]:
+    """Trains one axis by TS-DPO and saves it to `output/axes/<axis>`.
+
+    Returns:
+        Loss and reward margin of the last step, and the peak memory of the process.
+    """
+    from datasets import Dataset
+    from datasets.utils import logging as datasets_logging
+    from peft import get_peft_model
+
+    from tangent_peft import TangentConfig, TangentDPOConfig, TangentDPOTrainer
+
+    datasets_logging.disable_progress_bar()
+    set_seed(options.seed)
+    base, tokenizer = load_smollm2()
+    model = get_peft_model(base, TangentConfig(task_type="CAUSAL_LM", r=RANK), adapter_name=axis)
+    rows = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in quickstart_pairs(axis, "train")]
+    args = TangentDPOConfig(
+        output_dir=str(options.output / "trainer" / axis),
+        axis=axis,
+        learning_rate=LEARNING_RATE,
+        beta=BETA,
+        per_device_train_batch_size=PAIRS_PER_STEP,
+        max_steps=options.steps,
+        lr_scheduler_type="constant_with_warmup",
+        warmup_steps=2,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        bf16=False,
+        use_cpu=not torch.cuda.is_available(),
+        disable_tqdm=True,
+        log_level="error",
+        seed=options.seed,
+    )
+    trainer = TangentDPOTrainer(
+        model=model,
+        args=args,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        callbacks=[_StepCallback(Counter(f"train {axis}", options.steps, report))],
+    )
+    trainer.pop_callback(_printer())
+    trainer.train()
+    model.save_pretrained(options.output / "axes")
+    last = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
+    figures = {key: float(last[key]) for key in ("loss", "rewards/margins")}
+    return {**figures, "peak_memory_gb": peak_memory_gb()}
+
+
+def _printer() -> type[TrainerCallback]:
+    from transformers.trainer_callback import PrinterCallback
+
+    return PrinterCallback
+
+
+# ---- evaluation ------------------------------------------------------------------------------------------------------
+
+
+def load_axes(options: QuickstartOptions) -> tuple[Any, PreTrainedTokenizerBase]:
+    """The base model with both saved axes, and its tokenizer."""
+    from peft import PeftModel
+
+    base, tokenizer = load_smollm2()
+    model = PeftModel.from_pretrained(base, options.output / "axes" / AXES[0], adapter_name=AXES[0])
+    for axis in AXES[1:]:
+        model.load_adapter(options.output / "axes" / axis, adapter_name=axis)
+    return model.eval(), tokenizer
+
+
+def evaluate_axes(evaluation: str, options: QuickstartOptions, report: Report) -> dict[str, Any]:
+    """Everything that is measured in one evaluation; `"merged"` also scores the base and measures the linearity gap.
+
+    Returns:
+        `logps`: log-probs and lengths of the held-out pairs by axis, those of the base as `"base"`; `sweep`: a point per
+        λ_verb; `gaps`: the linearity gap by λ_verb; the peak memory of the process.
+    """
+    model, tokenizer = load_axes(options)
+    merged = evaluation == "merged"
+    batches = math.ceil(options.pairs / PAIRS_PER_STEP)
+    total = len(LAMBDAS) * (2 if merged else 1) + len(AXES) * batches * (2 if merged else 1)
+    step = Counter(f"evaluate {evaluation}", total, report)
+    result: dict[str, Any] = {"logps": _logps(model, tokenizer, evaluation, options, step)}
+    result["sweep"] = _sweep(model, tokenizer, evaluation, options, step)
+    if merged:
+        result["gaps"] = _gaps(model, tokenizer, options, step)
+    return {**result, "peak_memory_gb": peak_memory_gb()}
+
+
+def _logps(
+    model: Any, tokenizer: PreTrainedTokenizerBase, evaluation: str, options: QuickstartOptions, step: Callable[[], None]
+) -> dict[str, dict[str, Any]]:
+    from tangent_peft.evaluate.preferences import pair_logps
+
+    found: dict[str, dict[str, Any]] = {}
+    for axis in AXES:
+        pairs = quickstart_pairs(axis, "heldout")[: options.pairs]
+        mixes = {evaluation: {axis: 1.0}} | ({"base": {}} if evaluation == "merged" else {})
+        found[axis] = {}
+        for name, mix in mixes.items():
+            with model.axes(mix), model.linearized(evaluation == "linearized"):
+                found[axis][name] = pair_logps(model, tokenizer, pairs, PAIRS_PER_STEP, step)
+    return found
+
+
+def _sweep(
+    model: Any, tokenizer: PreTrainedTokenizerBase, evaluation: str, options: QuickstartOptions, step: Callable[[], None]
+) -> list[Any]:
+    from tangent_peft.evaluate import answer_length, question_coverage, sweep
+
+    def length(_: Sequence[str], answers: Sequence[str]) -> list[int]:
+        return answer_length(tokenizer, answers)
+
+    return sweep(
+        model,
+        tokenizer,
+        mixes=[{"verb": weight} for weight in LAMBDAS],
+        questions=questions(options),
+        scorers={"help": question_coverage, "verb": length},
+        evaluations=(evaluation,),  # type: ignore[arg-type]
+        max_new_tokens=options.tokens,
+        progress=step,
+    )
+
+
+def questions(options: QuickstartOptions) -> list[str]:
+    """The held-out questions of the sweep."""
+    asked = (row["prompt"][0]["content"] for row in quickstart_pairs("verb", "heldout"))
+    return list(dict.fromkeys(asked))[: options.prompts]
+
+
+def _gaps(
+    model: Any, tokenizer: PreTrainedTokenizerBase, options: QuickstartOptions, step: Callable[[], None]
+) -> dict[float, float]:
+    """The linearity gap by λ_verb, on four held-out questions with their chosen answers."""
+    from tangent_peft.diagnose import linearity_gap
+
+    rows = {row["prompt"][0]["content"]: row for row in quickstart_pairs("verb", "heldout")}
+    chats = [[*rows[q]["prompt"], *rows[q]["chosen"]] for q in questions(options)[:4]]
+    texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
+    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False)
+    gaps = {}
+    for weight in LAMBDAS:
+        with model.axes(verb=weight):
+            gaps[weight] = linearity_gap(model, [batch]).gap
+        step()
+    return gaps

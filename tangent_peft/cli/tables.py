@@ -1,0 +1,59 @@
+"""How the quickstart shows its report: tables on the terminal, one picture. Knows no model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from tangent_peft.evaluate import SweepPoint, plot_fronts
+
+
+if TYPE_CHECKING:
+    from tangent_peft.cli.quickstart import QuickstartReport
+
+
+def print_accuracy(console: Console, report: QuickstartReport) -> None:
+    """What each axis learned, on held-out pairs."""
+    pairs = report.accuracy["help"]["base"]["pairs"]
+    table = Table(title=f"Preference accuracy on {pairs} held-out pairs per axis")
+    for heading in ("axis", "model", "policy", "policy per token", "reward", "margin (nats)"):
+        table.add_column(heading, justify="left" if heading in ("axis", "model") else "right")
+    for axis, models in report.accuracy.items():
+        for name, values in models.items():
+            figures = [f"{values[key]:.2f}" for key in ("policy", "policy_per_token", "reward", "margin")]
+            table.add_row(axis, name, *figures)
+    console.print(table)
+
+
+def print_sweep(console: Console, report: QuickstartReport, question: str) -> None:
+    """The answers to one question, then the means over all of them, at each λ_verb in both evaluations."""
+    points = {(entry["weights"]["verb"], entry["evaluation"]): entry for entry in report.sweep}
+    weights = sorted({weight for weight, _ in points})
+    console.print(f"\n[bold]{question}")
+    for weight in weights:
+        for evaluation in ("linearized", "merged"):
+            answer = " ".join(points[weight, evaluation]["answers"][0].split())
+            console.print(f"λ_verb {weight:+.1f} {evaluation:>10}: {answer}", markup=False, highlight=False)
+    table = Table(title="\nMeans over the held-out questions")
+    for heading in ("λ_verb", "verb: tokens, linearized", "merged", "help: coverage, linearized", "merged", "gap"):
+        table.add_column(heading, justify="right")
+    for weight in weights:
+        linear, merged = points[weight, "linearized"], points[weight, "merged"]
+        lengths = [f"{entry['scores']['verb']:.1f}" for entry in (linear, merged)]
+        coverage = [f"{entry['scores']['help']:.2f}" for entry in (linear, merged)]
+        table.add_row(f"{weight:+.1f}", *lengths, *coverage, f"{linear['gap']:.2f}")
+    console.print(table)
+    for evaluation, tau in report.kendall_tau.items():
+        console.print(f"Kendall τ of λ_verb and answer length, {evaluation}: {tau:+.2f}")
+
+
+def draw(report: QuickstartReport, path: Path) -> None:
+    """The sweep as a picture: coverage against length, both evaluations."""
+    points = [
+        SweepPoint(entry["weights"], entry["evaluation"], entry["scores"], entry["answers"]) for entry in report.sweep
+    ]
+    labels = ("help: share of the question's words taken up", "verb: answer length (tokens)")
+    plot_fronts(points, "help", "verb", path, labels)
