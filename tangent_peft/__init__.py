@@ -1,7 +1,7 @@
 """Steerable alignment for the Hugging Face stack: preference axes as directions in a frozen model's tangent space.
 
-Each axis (help, verbosity, safety, …) is trained once by TS-DPO (arXiv 2602.01128); afterwards axes are mixed by number,
-θ(λ) = θ₀ + Σ λᵢ τᵢ, with no retraining. Importing this package registers the PEFT method:
+Each axis (help, verbosity, safety, …) is trained once by TS-DPO (arXiv 2602.01128); afterwards axes are mixed by
+number, θ(λ) = θ₀ + Σ λᵢ τᵢ, with no retraining. Importing this package registers the PEFT method:
 
     import tangent_peft
     model = get_peft_model(base, TangentConfig(task_type="CAUSAL_LM"), adapter_name="help")

@@ -10,6 +10,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 
 from tangent_peft import TangentConfig
+from tangent_peft.tuner import TangentLayer
 
 
 FORMS: dict[str, dict[str, Any]] = {
@@ -25,11 +26,14 @@ def config(form: str = "dense", **options: Any) -> TangentConfig:
     return TangentConfig(**{**defaults, **FORMS[form], **options})
 
 
-def tangent_model(
-    name: str = "llama", form: str = "dense", axis: str = "default", **options: Any
-) -> PeftModel:
+def tangent_model(name: str = "llama", form: str = "dense", axis: str = "default", **options: Any) -> PeftModel:
     """The tiny model `name` with one axis, in eval mode."""
     return get_peft_model(build(name), config(form, **options), adapter_name=axis).eval()
+
+
+def tangent_layers(model: torch.nn.Module) -> list[TangentLayer]:
+    """The wrapped layers, in the model's order."""
+    return [module for module in model.modules() if isinstance(module, TangentLayer)]
 
 
 @torch.no_grad()

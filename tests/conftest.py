@@ -37,15 +37,20 @@ CHAT_TEMPLATE = (
 QUESTIONS = ["How do I boil an egg?", "Name a color.", "What is rain?", "Why do cats purr?", "Where is the sea?"]
 
 
+TINY = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
 def make_llama(layers: int = 3, tied: bool = True, **options: Any) -> PreTrainedModel:
     """Llama with grouped queries and a tied head."""
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
+        **TINY,
         num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         max_position_embeddings=256,
         tie_word_embeddings=tied,
         pad_token_id=0,
@@ -59,16 +64,7 @@ def make_llama(layers: int = 3, tied: bool = True, **options: Any) -> PreTrained
 def make_qwen3() -> PreTrainedModel:
     """Qwen3: norms on queries and keys, untied head."""
     config = Qwen3Config(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        tie_word_embeddings=False,
-        pad_token_id=0,
-        eos_token_id=2,
+        **TINY, num_hidden_layers=3, head_dim=8, tie_word_embeddings=False, pad_token_id=0, eos_token_id=2
     )
     return Qwen3ForCausalLM(config)
 
@@ -87,14 +83,18 @@ MODELS: dict[str, Callable[[], PreTrainedModel]] = {"llama": make_llama, "qwen3"
 def build(name: str) -> PreTrainedModel:
     """A fresh tiny model in eval mode, the same weights at every call; every weight is large enough to matter."""
     torch.manual_seed(0)
-    model = MODELS[name]().eval()
+    return enlarge(MODELS[name]())
+
+
+def enlarge(model: PreTrainedModel) -> PreTrainedModel:
+    """The model in eval mode with larger matrices, and biases that are not zero."""
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter.ndim == 1 and "bias" in parameter_name:
                 parameter.normal_(std=0.1)
             elif parameter.ndim == 2:
                 parameter.mul_(5.0)
-    return model
+    return model.eval()
 
 
 def batch(side: str = "right", rows: int = 3, length: int = 10) -> dict[str, torch.Tensor]:

@@ -1,7 +1,7 @@
 """Slow and obviously right: the linearized model as torch.func.jvp and vjp over the *unmodified* network.
 
-Nothing here comes from `tangent_peft`. A tangent is a dict of ΔW by parameter name; the network is a float-exact copy in
-eager attention with its head untied, so that a tangent on the head is one on the head alone.
+Nothing here comes from `tangent_peft`. A tangent is a dict of ΔW by parameter name; the network is a float-exact copy
+in eager attention with its head untied, so that a tangent on the head is one on the head alone.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ BELOW: dict[str, set[str]] = {
     PACKAGE: {"train", "evaluate", "diagnose", "tuner", "forward"},  # the package's own __init__
 }
 
-EXTRAS = {"trl", "datasets", "matplotlib", "moocore", "scipy", "sklearn", "rich", "gguf"}
+EXTRAS = {"trl", "datasets", "matplotlib", "moocore", "scipy", "rich", "gguf"}
 STRANGERS: dict[str, set[str]] = {
     "forward": EXTRAS | {"peft"},
     "tuner": EXTRAS,  # a base install has none of them
@@ -62,9 +62,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 MODULES = sorted((ROOT / PACKAGE).rglob("*.py"))
-each_module = pytest.mark.parametrize(
-    "path", MODULES, ids=lambda path: path.relative_to(ROOT / PACKAGE).as_posix()
-)
+each_module = pytest.mark.parametrize("path", MODULES, ids=lambda path: path.relative_to(ROOT / PACKAGE).as_posix())
 
 
 @cache

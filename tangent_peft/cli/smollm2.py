@@ -88,9 +88,7 @@ def quickstart_pairs(axis: Axis, split: Split) -> list[dict[str, Any]]:
     if axis not in get_args(Axis):
         raise ValueError(f"axis is {axis!r}; the packaged axes are {', '.join(map(repr, get_args(Axis)))}")
     if split not in get_args(Split):
-        raise ValueError(
-            f"split is {split!r}; the packaged splits are {', '.join(map(repr, get_args(Split)))}"
-        )
+        raise ValueError(f"split is {split!r}; the packaged splits are {', '.join(map(repr, get_args(Split)))}")
     source = resources.files("tangent_peft").joinpath("recipes", "quickstart", f"{axis}.jsonl")
     if not source.is_file():
         raise FileNotFoundError(

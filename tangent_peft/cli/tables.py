@@ -42,8 +42,8 @@ def print_sweep(console: Console, report: QuickstartReport, question: str) -> No
         table.add_column(heading, justify="right")
     for weight in weights:
         linear, merged = points[weight, "linearized"], points[weight, "merged"]
-        lengths = [f"{entry['scores']['verb']:.1f}" for entry in (linear, merged)]
-        coverage = [f"{entry['scores']['help']:.2f}" for entry in (linear, merged)]
+        lengths = [f"{entry['scores']['length']:.1f}" for entry in (linear, merged)]
+        coverage = [f"{entry['scores']['coverage']:.2f}" for entry in (linear, merged)]
         table.add_row(f"{weight:+.1f}", *lengths, *coverage, f"{linear['gap']:.2f}")
     console.print(table)
     for evaluation, tau in report.kendall_tau.items():
@@ -52,8 +52,6 @@ def print_sweep(console: Console, report: QuickstartReport, question: str) -> No
 
 def draw(report: QuickstartReport, path: Path) -> None:
     """The sweep as a picture: coverage against length, both evaluations."""
-    points = [
-        SweepPoint(entry["weights"], entry["evaluation"], entry["scores"], entry["answers"]) for entry in report.sweep
-    ]
+    points = [SweepPoint(**{name: entry[name] for name in SweepPoint.__dataclass_fields__}) for entry in report.sweep]
     labels = ("help: share of the question's words taken up", "verb: answer length (tokens)")
-    plot_fronts(points, "help", "verb", path, labels)
+    plot_fronts(points, "coverage", "length", path, labels)

@@ -1,8 +1,8 @@
 """How far the network at θ(λ) is from the linearized model: the linearity gap.
 
-gap(λ) = ‖f(θ₀ + Δ) − f_lin(λ)‖ / ‖J·Δ‖,  Δ = Σ λᵢ τᵢ, on the logits of all real positions. 0: merging loses nothing. About
-0.1: the merged model does what the linearized one was trained to do. Near 1 and beyond it is another model, which has to
-be judged on its own. To first order the gap grows in proportion to ‖λ‖.
+gap(λ) = ‖f(θ₀ + Δ) − f_lin(λ)‖ / ‖J·Δ‖,  Δ = Σ λᵢ τᵢ, on the logits of all real positions. 0: merging loses nothing.
+About 0.1: the merged model does what the linearized one was trained to do. Near 1 and beyond it is another model, which
+has to be judged on its own. To first order the gap grows in proportion to ‖λ‖.
 """
 
 from __future__ import annotations
@@ -57,12 +57,12 @@ def linearity_gap(model: torch.nn.Module, batches: Iterable[Mapping[str, Tensor]
         for inputs in batches:
             real = inputs["attention_mask"].bool() if "attention_mask" in inputs else inputs["input_ids"] >= 0
             with tuner.linearized(True):
-                linear = model(**inputs, use_cache=False).logits[real].double()
+                linear = model(**inputs, use_cache=False).logits[real]
             with tuner.linearized(False):
-                merged = model(**inputs, use_cache=False).logits[real].double()
+                merged = model(**inputs, use_cache=False).logits[real]
             with tuner.axes({}):
-                base = model(**inputs, use_cache=False).logits[real].double()
-            squares = [x.square().sum().cpu() for x in (merged - linear, linear - base, base)]
+                base = model(**inputs, use_cache=False).logits[real]
+            squares = [x.square().sum(dtype=torch.float64).cpu() for x in (merged - linear, linear - base, base)]
             sums += torch.stack(squares)
             tokens += int(real.sum())
     finally:

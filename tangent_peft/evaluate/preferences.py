@@ -1,7 +1,7 @@
 """Whether a model prefers what people chose: accuracy on held-out preference pairs.
 
-Two questions are asked of each pair (x, y_w, y_l). The *policy* prefers y_w if log π(y_w|x) > log π(y_l|x), which can also
-be asked of the base model. The *implicit reward* prefers it if the policy moved that way from the base:
+Two questions are asked of each pair (x, y_w, y_l). The *policy* prefers y_w if log π(y_w|x) > log π(y_l|x), which can
+also be asked of the base model. The *implicit reward* prefers it if the policy moved that way from the base:
 log π/π₀ (y_w|x) > log π/π₀ (y_l|x); for the base itself this is undecided, 0.5.
 """
 

@@ -1,7 +1,8 @@
 """What measures an answer on an axis without a judge model: its length, and how far it takes up the question.
 
 Both are deterministic and need no more than a tokenizer or the text itself. They are rough: neither knows whether an
-answer is right. This file does not know which adapter wrote the answers, how they were sampled, or how scores are reported.
+answer is right. This file does not know which adapter wrote the answers, how they were sampled, or how scores are
+reported.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from transformers import PreTrainedTokenizerBase
 
 # Words that say what kind of answer is wanted, or nothing at all; the rest of a question is its content.
 _FUNCTION_WORDS = frozenset(
-    """a about an and any are as at be better by can compare could describe did do does explain few for from get give good
-    had has have how i if in into is it its just keep made make me more most my of on one or please shall should short so
-    some tell than that the their them then there these they this those to was were what when where which who why will
-    with without would write you your""".split()
+    """a about an and any are as at be better by can compare could describe did do does explain few for from get give
+    good had has have how i if in into is it its just keep made make me more most my of on one or please shall
+    should short so some tell than that the their them then there these they this those to was were what when where
+    which who why will with without would write you your""".split()  # noqa: SIM905  (as a list it takes 80 lines)
 )
 _SUFFIXES = ("'s", "ing", "ied", "ies", "es", "ed", "s", "e", "y")
 
@@ -40,8 +41,8 @@ def answer_length(tokenizer: PreTrainedTokenizerBase, answers: Sequence[str]) ->
 def question_coverage(questions: Sequence[str], answers: Sequence[str]) -> list[float]:
     """Share of the question's content words that the answer takes up; English text.
 
-    Words are compared by their stems, a word being what is left of a run of letters after one common ending. Function words
-    and words that ask for a kind of answer ("explain", "compare") are not content.
+    Words are compared by their stems, a word being what is left of a run of letters after one common ending. Function
+    words and words that ask for a kind of answer ("explain", "compare") are not content.
 
     Args:
         questions: N user messages.

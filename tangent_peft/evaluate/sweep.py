@@ -1,12 +1,12 @@
 """Walking over λ: the answers of each mix, linearized and as weights, and what scorers make of them.
 
-Every point names its evaluation: `linearized` is f_lin, what was trained; `merged` is the ordinary network at θ(λ), what a
-merged model or a LoRA export runs.
+Every point names its evaluation: `linearized` is f_lin, what was trained; `merged` is the ordinary network at θ(λ),
+what a merged model or a LoRA export runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -28,14 +28,16 @@ class SweepPoint:
     Attributes:
         weights: λ by axis.
         evaluation: `"linearized"` or `"merged"`.
-        scores: mean score over the prompts, by scorer.
+        scores: mean score over the prompts, by scorer; `"length"` is the mean of `lengths`.
         answers: one answer per prompt.
+        lengths: tokens generated for each answer before it ended, the limit for one that was cut off.
     """
 
     weights: dict[str, float]
     evaluation: Evaluation
     scores: dict[str, float]
     answers: list[str]
+    lengths: list[int]
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values for JSON."""
@@ -45,24 +47,22 @@ class SweepPoint:
 def sweep(
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    mixes: Sequence[Mapping[str, float]],
+    mixes: Iterable[Mapping[str, float]],
     questions: Sequence[str],
     scorers: Mapping[str, Scorer],
     evaluations: Sequence[Evaluation] = EVALUATIONS,
     max_new_tokens: int = 64,
-    progress: Callable[[], None] | None = None,
 ) -> list[SweepPoint]:
-    """Answers `questions` under every mix and evaluation, greedily, and scores the answers.
+    """Answers `questions` under every mix and evaluation, greedily, and scores the answers; their length always.
 
     Args:
         model: a `PeftModel` with tangent axes.
         tokenizer: with a chat template.
-        mixes: the λ to visit.
+        mixes: the λ to visit; the next mix is asked for when the points of the one before are done.
         questions: user messages, one conversation each.
         scorers: functions (questions, answers) → one number per answer, by name.
         evaluations: which of `"linearized"` and `"merged"` to run.
         max_new_tokens: length limit of an answer.
-        progress: called after every point.
 
     Returns:
         A point for every mix and evaluation, in that order.
@@ -72,11 +72,10 @@ def sweep(
     for weights in map(dict, mixes):
         for evaluation in evaluations:
             with tuner.axes(weights), tuner.linearized(evaluation == "linearized"):
-                answers = generate_answers(model, tokenizer, questions, max_new_tokens)
+                answers, lengths = _generate(model, tokenizer, questions, max_new_tokens)
             scores = {name: _mean(scorer(questions, answers)) for name, scorer in scorers.items()}
-            points.append(SweepPoint(weights, evaluation, scores, answers))
-            if progress is not None:
-                progress()
+            scores["length"] = _mean(lengths)
+            points.append(SweepPoint(weights, evaluation, scores, answers, lengths))
     return points
 
 
@@ -84,11 +83,18 @@ def _mean(values: Sequence[float]) -> float:
     return float(sum(map(float, values)) / len(values))
 
 
-@torch.no_grad()
 def generate_answers(
     model: Any, tokenizer: PreTrainedTokenizerBase, questions: Sequence[str], max_new_tokens: int = 64
 ) -> list[str]:
     """One greedy answer per question, all in one left-padded batch, special tokens removed."""
+    return _generate(model, tokenizer, questions, max_new_tokens)[0]
+
+
+@torch.no_grad()
+def _generate(
+    model: Any, tokenizer: PreTrainedTokenizerBase, questions: Sequence[str], max_new_tokens: int
+) -> tuple[list[str], list[int]]:
+    """The answers, and how many tokens each has before its end-of-turn."""
     chats = [[{"role": "user", "content": question}] for question in questions]
     texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
     side, tokenizer.padding_side = tokenizer.padding_side, "left"
@@ -104,5 +110,7 @@ def generate_answers(
         )
     finally:
         model.train(was_training)
-    answers = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [answer.strip() for answer in answers]
+    generated = output[:, inputs["input_ids"].shape[1] :]
+    special = torch.tensor(tokenizer.all_special_ids, device=generated.device)
+    lengths = (torch.isin(generated, special).cumsum(1) == 0).sum(1).tolist()
+    return [answer.strip() for answer in tokenizer.batch_decode(generated, skip_special_tokens=True)], lengths

@@ -61,7 +61,7 @@ class AttentionShape:
 
 def derive_attention(opened: LinearizedPass) -> None:
     """Dispatches the attention of `opened.root` to `tangent_attention` until the pass closes."""
-    configs = {id(module.config): module.config for module in opened.root.modules() if _has_config(module)}
+    configs: dict[int, Any] = {id(m.config): m.config for m in opened.root.modules() if _has_config(m)}
     for key, config in configs.items():
         chosen = config._attn_implementation
         if chosen in (None, "eager", NAME):
@@ -108,9 +108,16 @@ def tangent_attention(
     """Attention with a tangent, in the signature of transformers' attention functions.
 
     Args:
-        query: (B, H, T, E), possibly dual; `key`, `value`: (B, K, S, E), possibly dual.
+        module: the attention module.
+        query: (B, H, T, E), possibly dual.
+        key: (B, K, S, E), possibly dual.
+        value: (B, K, S, E), possibly dual.
         attention_mask: what the primal's implementation takes: `None`, bool or additive (B, 1 or H, T, S), or a
             padding mask (B, S).
+        scaling: s; `None` is 1/√E.
+        dropout: probability of dropping a weight; 0 where there is a tangent.
+        **kwargs: what else the primal's implementation takes; read here: `is_causal`, `sliding_window`, `softcap`,
+            `s_aux`, `position_bias`.
 
     Returns:
         The dual output (B, T, H, E), and the attention weights if the primal's implementation returns them.
@@ -127,8 +134,8 @@ def tangent_attention(
         return out, weights
     if dropout > 0:
         raise ValueError(
-            f"Attention dropout {dropout} in a linearized forward: the kernel does not tell which weights it dropped, so "
-            "value and derivative would disagree. Set `attention_dropout=0` in the config or call `model.eval()`."
+            f"Attention dropout {dropout} in a linearized forward: the kernel does not tell which weights it dropped, "
+            "so value and derivative would disagree. Set `attention_dropout=0` in the config or call `model.eval()`."
         )
     mask = _allowed_keys(attention_mask, k)
     shape = _shape_of(module, q, attention_mask, scaling, kwargs)
@@ -158,15 +165,23 @@ def _shape_of(
 ) -> AttentionShape:
     if kwargs.get("position_bias") is not None:
         raise NotImplementedError(
-            f"{type(module).__name__} adds a learned position bias to its attention, whose derivative is not implemented "
-            "for fused kernels. Load the model with attn_implementation='eager'."
+            f"{type(module).__name__} adds a learned position bias to its attention, whose derivative is not "
+            "implemented for fused kernels. Load the model with attn_implementation='eager'."
         )
-    causal = kwargs.get("is_causal")
-    causal = vars(module).get("is_causal", True) if causal is None else causal
-    causal = bool(causal) and q.shape[2] > 1 and (mask is None or mask.ndim == 2)
+    given = kwargs.get("is_causal")
+    causal = _is_causal(module) if given is None else bool(given)
+    causal = causal and q.shape[2] > 1 and (mask is None or mask.ndim == 2)
     scale = q.shape[-1] ** -0.5 if scaling is None else scaling
     window = kwargs.get("sliding_window") if mask is None or mask.ndim == 2 else None
     return AttentionShape(float(scale), causal, window=window, softcap=kwargs.get("softcap"))
+
+
+def _is_causal(module: nn.Module) -> bool:
+    """What transformers' own kernels take a module for that does not say."""
+    try:
+        return bool(module.is_causal)
+    except AttributeError:
+        return True
 
 
 def _allowed_keys(mask: Any, k: Tensor) -> Tensor | None:
@@ -174,8 +189,8 @@ def _allowed_keys(mask: Any, k: Tensor) -> Tensor | None:
         return None
     if not isinstance(mask, Tensor):
         raise NotImplementedError(
-            f"Linearized attention got a mask of type {type(mask).__name__}, which only its own kernel can read. Load the "
-            "model with attn_implementation='sdpa' (or 'eager')."
+            f"Linearized attention got a mask of type {type(mask).__name__}, which only its own kernel can read. Load "
+            "the model with attn_implementation='sdpa' (or 'eager')."
         )
     if mask.ndim == 2:  # padding (B, S), as flash kernels take it
         return mask[:, None, None, : k.shape[2]].bool()
@@ -238,7 +253,7 @@ def _tangent_by_chunks(
             row_sums = weighted.sum(-1, keepdim=True)
             result = _flat(weighted) @ v[:, :, keys] - _flat(row_sums) * _group(out[:, :, rows], k)
         result = _plus(result, None if dv is None else _flat(weights) @ dv[:, :, keys])
-        chunks.append(result.view(q[:, :, rows].shape[:3] + (v.shape[-1],)))
+        chunks.append(result.view(*q[:, :, rows].shape[:3], v.shape[-1]))
     return torch.cat(chunks, dim=2)
 
 

@@ -82,7 +82,7 @@ def _normal_storage(cache: Cache, layer_idx: int) -> None:
 def _make_room(cache: Cache, layer_idx: int, key_states: Tensor) -> None:
     """An emptied static buffer is allocated anew where it has another number of heads: packed before and now not."""
     layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
-    if not isinstance(layer, StaticLayer) or not layer.is_initialized:
+    if not isinstance(layer, StaticLayer) or not layer.is_initialized or layer.keys is None:
         return
     if layer.keys.shape[1] != key_states.shape[1] and int(layer.get_seq_length()) == 0:
         layer.is_initialized = False
@@ -93,6 +93,7 @@ def reveal_cross_attention(opened: LinearizedPass, cache: Any) -> None:
     if not isinstance(cache, EncoderDecoderCache):
         return
     crossed = cache.cross_attention_cache
+    layer: Any  # of the kind that has keys and values: attention's
     for layer_idx, layer in enumerate(crossed.layers):
         if int(crossed.get_seq_length(layer_idx)) == 0:
             continue

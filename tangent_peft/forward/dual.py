@@ -16,7 +16,6 @@ from collections.abc import Hashable, Iterable
 from types import MethodType
 from typing import Any
 
-import torch
 from torch import nn
 
 from tangent_peft.forward.attention import derive_attention
@@ -116,9 +115,9 @@ class LinearizedForward:
     def _check(self, root: nn.Module) -> None:
         if any(carrier.is_additive() for carrier in self.carriers):
             raise ValueError(
-                "Some active axes are linearized and others (linearize=False) add their weights; f_lin is the expansion "
-                "at the frozen weights and can not mix the two. Activate one kind, or evaluate all of them as weights "
-                "inside `with model.linearized(False):`."
+                "Some active axes are linearized and others (linearize=False) add their weights; f_lin is the "
+                "expansion at the frozen weights and can not mix the two. Activate one kind, or evaluate all of them "
+                "as weights inside `with model.linearized(False):`."
             )
         if root.training and _is_checkpointing(root):  # the reentrant kind drops tangents without gradients as well
             raise ValueError(
@@ -155,8 +154,8 @@ def _leave_root(running: LinearizedPass, output: Any) -> Any:
     loss = output.get("loss") if isinstance(output, dict) else None
     if carries_tangent(loss):
         raise NotImplementedError(
-            f"{type(running.root).__name__} computed its loss on dual logits; that is the linearized loss, not the loss "
-            "of the linearized logits. Call the model without labels and compute the loss from its logits."
+            f"{type(running.root).__name__} computed its loss on dual logits; that is the linearized loss, not the "
+            "loss of the linearized logits. Call the model without labels and compute the loss from its logits."
         )
     return map_tensors(output, join)
 

@@ -49,7 +49,7 @@ def find_exit(root: nn.Module, carriers: set[nn.Module]) -> TangentExit:
     if head in carriers:
         return TangentExit(head, "output")
     learned = [child for child in root.children() if _has_parameters(child)]
-    if set(learned) == {root.base_model, head}:
+    if isinstance(root, PreTrainedModel) and set(learned) == {root.base_model, head}:
         return TangentExit(root.base_model, "output")
     return TangentExit(head, "input")
 

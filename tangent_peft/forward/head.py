@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-CHUNK_ELEMENTS = 2**24  # logits held at a time: 64 MiB in float32
+CHUNK_ELEMENTS = 2**23  # logits held at a time: 32 MiB in float32, a few times over
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,9 @@ class _ScoreTokens(torch.autograd.Function):
             return (None,) * (len(inputs) + 3)
         problem = _problem(ctx.dtype, hidden, tangent, learned, ctx.scale, ctx.softcap)
         needs = ctx.needs_input_grad[: len(inputs)]
-        grads = [torch.zeros_like(x, dtype=_upcast(x).dtype) if need else None for x, need in zip(inputs, needs, strict=True)]
+        grads = [
+            torch.zeros_like(x, dtype=_upcast(x).dtype) if need else None for x, need in zip(inputs, needs, strict=True)
+        ]
         for rows in problem.chunks():
             _, policy, slope = problem.logits(rows)
             zeta = torch.softmax(policy, dim=-1).neg_()
@@ -173,8 +175,9 @@ def _problem(
     scale: float,
     softcap: float | None,
 ) -> _Problem:
-    cast = [None if x is None else x.detach().to(dtype) for x in (hidden, tangent, *learned)]
-    return _Problem(*cast, scale, softcap)  # type: ignore[arg-type]
+    cast: list[Any] = [None if x is None else x.detach().to(dtype) for x in (hidden, tangent, *learned)]
+    h, dh, weight, bias, dense, b, a = cast
+    return _Problem(h, dh, weight, bias, dense, b, a, scale, softcap)
 
 
 def _describe(problem: _Problem, rows: slice, labels: Tensor) -> tuple[Tensor, ...]:

@@ -145,7 +145,7 @@ def map_tensors(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
             if mapped is not tree[key]:
                 tree[key] = mapped
         return tree
-    if isinstance(tree, tuple) and type(tree) is tuple or isinstance(tree, list):
+    if (isinstance(tree, tuple) and type(tree) is tuple) or isinstance(tree, list):
         return type(tree)(map_tensors(value, function) for value in tree)
     if isinstance(tree, tuple) and type(tree).__module__ == "torch.return_types":  # of torch.max and its like
         return type(tree)([map_tensors(value, function) for value in tree])

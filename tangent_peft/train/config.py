@@ -17,8 +17,8 @@ class TangentDPOConfig(DPOConfig):
 
     Args:
         axis: name of the adapter to train. `None`: `"default"` for a new one, the active one of a `PeftModel`.
-        learning_rate: `None` chooses by the form of τ: 5e-5 dense, 1e-3 low rank with the shared projection, 5e-4 with a
-            trained one. TRL's 1e-6 suits full fine-tuning and moves a low-rank τ nowhere.
+        learning_rate: `None` chooses by the form of τ: 5e-5 dense, 1e-3 low rank with the shared projection, 5e-4 with
+            a trained one. TRL's 1e-6 suits full fine-tuning and moves a low-rank τ nowhere.
         gradient_checkpointing: off; recomputation happens outside the dual level and is refused.
         router_aux_loss_coef: 0; the router is frozen, there is no load to balance.
     """
@@ -47,6 +47,6 @@ class TangentDPOConfig(DPOConfig):
                 raise ValueError(f"`{name}={value}` does not work with a linearized model. Use {remedy}.")
         if self.router_aux_loss_coef:
             raise ValueError(
-                f"`router_aux_loss_coef={self.router_aux_loss_coef}`: the router is frozen, so its load-balancing loss has no "
-                "gradient. Use 0.0."
+                f"`router_aux_loss_coef={self.router_aux_loss_coef}`: the router is frozen, so its load-balancing loss "
+                "has no gradient. Use 0.0."
             )

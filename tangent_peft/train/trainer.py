@@ -2,10 +2,10 @@
 
 TRL keeps the loss, its metrics, data, evaluation and checkpoints. Three seams are touched, all of them here:
 
-* `get_peft_model`, as `trl.trainer.dpo_trainer` names it, so that the adapter has the axis's name, and so that a model with
-  axes comes in without TRL cloning its "default" adapter into a "ref" one;
-* the forward that TRL's `add_fused_lm_head` installs: while a tangent is active, our head scores policy and reference from
-  the same hidden states;
+* `get_peft_model`, as `trl.trainer.dpo_trainer` names it, so that the adapter has the axis's name, and so that a model
+  with axes comes in without TRL cloning its "default" adapter into a "ref" one;
+* the forward that TRL's `add_fused_lm_head` installs: while a tangent is active, our head scores policy and reference
+  from the same hidden states;
 * `compute_loss`, TRL's public override point: `_compute_loss` reads `ref_*_logps` from the batch after the policy's
   forward, so a shim around `model` writes them there.
 """
@@ -14,12 +14,11 @@ from __future__ import annotations
 
 import functools
 import inspect
-import textwrap
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import trl.trainer.dpo_trainer as dpo_module
@@ -44,18 +43,29 @@ from tangent_peft.train.config import LEARNING_RATES, TangentDPOConfig
 from tangent_peft.tuner import TangentConfig, TangentLayer
 
 
-EvalData = Dataset | IterableDataset | DatasetDict | IterableDatasetDict | dict[str, Dataset | IterableDataset] | None
+EvalData: TypeAlias = (
+    Dataset | IterableDataset | DatasetDict | IterableDatasetDict | dict[str, Dataset | IterableDataset] | None
+)
+
+_CITATION = """\
+@misc{erdogan2026tangent,
+    title         = {Tangent Space Fine-Tuning for Directional Preference Alignment in Large Language Models},
+    author        = {Mete Erdogan},
+    year          = 2026,
+    eprint        = {2602.01128},
+    archivePrefix = {arXiv},
+}"""
 
 
 class TangentDPOTrainer(DPOTrainer):
     """Trains one axis by TS-DPO (arXiv 2602.01128): DPO on f_lin, against the base model that is its own primal.
 
-    Signature, data formats, loss types, metrics and checkpoints are those of `trl.DPOTrainer`. One forward per step yields
-    policy and reference; there is no reference model.
+    Signature, data formats, loss types, metrics and checkpoints are those of `trl.DPOTrainer`. One forward per step
+    yields policy and reference; there is no reference model.
 
     Args:
-        model: a model, its name, or a `PeftModel` with tangent axes, of which `args.axis` is trained and the others stay as
-            they are (and off).
+        model: a model, its name, or a `PeftModel` with tangent axes, of which `args.axis` is trained and the others
+            stay as they are (and off).
         ref_model: a reference other than the base; costs TRL's second forward.
         args: a `TangentDPOConfig`.
         data_collator: as in `DPOTrainer`.
@@ -78,14 +88,7 @@ class TangentDPOTrainer(DPOTrainer):
     _paper = {  # noqa: RUF012 (TRL's attribute)
         "title": "Tangent Space Fine-Tuning for Directional Preference Alignment in Large Language Models",
         "id": "2602.01128",
-        "citation": textwrap.dedent("""\
-            @misc{erdogan2026tangent,
-                title         = {Tangent Space Fine-Tuning for Directional Preference Alignment in Large Language Models},
-                author        = {Mete Erdogan},
-                year          = 2026,
-                eprint        = {2602.01128},
-                archivePrefix = {arXiv},
-            }"""),
+        "citation": _CITATION,
     }
 
     def __init__(
@@ -106,8 +109,8 @@ class TangentDPOTrainer(DPOTrainer):
         args = TangentDPOConfig("TS-DPO") if args is None else args
         if not isinstance(args, TangentDPOConfig):
             raise TypeError(
-                f"`args` is a {type(args).__name__}; TangentDPOTrainer takes a TangentDPOConfig, which has the same fields and "
-                "defaults that suit a tangent."
+                f"`args` is a {type(args).__name__}; TangentDPOTrainer takes a TangentDPOConfig, which has the same "
+                "fields and defaults that suit a tangent."
             )
         base, peft_config, wrap = _policy(model, peft_config, args)
         with _named_axis(wrap):
@@ -125,7 +128,8 @@ class TangentDPOTrainer(DPOTrainer):
                 quantization_config=quantization_config,
                 peft_config=peft_config,
             )
-        _install_linearized_head(self.model.get_base_model())
+        wrapped: Any = self.model  # a PeftModel by now
+        _install_linearized_head(wrapped.get_base_model())
 
     @property
     def _linearized_forward(self) -> LinearizedForward | None:
@@ -136,7 +140,7 @@ class TangentDPOTrainer(DPOTrainer):
         model: nn.Module,
         inputs: dict[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """TRL's loss; the reference log-probs are the primal's, from the same forward as the policy's."""
         linearized = self._linearized_forward
@@ -155,7 +159,7 @@ class TangentDPOTrainer(DPOTrainer):
 
 # ---- which model, which axis -----------------------------------------------------------------------------------------
 
-Wrap = Callable[..., PeftModel]
+Wrap: TypeAlias = Callable[..., PeftModel]
 
 
 def _policy(
@@ -190,11 +194,13 @@ def _existing_axis(model: PeftModel, args: TangentDPOConfig) -> tuple[PreTrained
     axis = args.axis or (active[0] if len(active) == 1 else None)
     if axis is None or axis not in model.peft_config:
         raise ValueError(
-            f"The model has the axes {sorted(model.peft_config)} and `axis={args.axis!r}` does not say which one to train. "
-            "Set `TangentDPOConfig(axis=...)` to one of them."
+            f"The model has the axes {sorted(model.peft_config)} and `axis={args.axis!r}` does not say which one to "
+            "train. Set `TangentDPOConfig(axis=...)` to one of them."
         )
     args.axis = axis
-    return model.get_base_model(), model.peft_config[axis], lambda *unused, **kwargs: _prepared(model, args)
+    base: Any = model.get_base_model()
+    config: Any = model.peft_config[axis]
+    return base, config, lambda *unused, **kwargs: _prepared(model, args)
 
 
 def _prepared(model: PeftModel, args: TangentDPOConfig) -> PeftModel:
@@ -203,7 +209,7 @@ def _prepared(model: PeftModel, args: TangentDPOConfig) -> PeftModel:
     if "ref" in model.peft_config:
         raise ValueError("An axis is named 'ref', which TRL reserves for a reference adapter. Give it another name.")
     model.set_adapter(axis)
-    config = model.peft_config[axis]
+    config: Any = model.peft_config[axis]
     if args.learning_rate is None:
         args.learning_rate = LEARNING_RATES["dense" if config.r is None else config.projection]
     return model
@@ -212,12 +218,13 @@ def _prepared(model: PeftModel, args: TangentDPOConfig) -> PeftModel:
 @contextmanager
 def _named_axis(wrap: Wrap) -> Iterator[None]:
     """Lets TRL's constructor call `wrap` where it would call `get_peft_model`."""
-    original = dpo_module.get_peft_model
-    dpo_module.get_peft_model = wrap
+    module: Any = dpo_module
+    original = module.get_peft_model
+    module.get_peft_model = wrap
     try:
         yield
     finally:
-        dpo_module.get_peft_model = original
+        module.get_peft_model = original
 
 
 # ---- the head --------------------------------------------------------------------------------------------------------
@@ -225,7 +232,7 @@ def _named_axis(wrap: Wrap) -> Iterator[None]:
 
 @dataclass
 class LinearizedOutput(FusedCausalLMOutput):
-    """TRL's per-token output, with the reference log-probs (B, T−1) that the same forward gave; zero without a label."""
+    """TRL's per-token output with the reference log-probs (B, T−1) that the same forward gave; zero without a label."""
 
     ref_log_probs: Tensor | None = None
 
@@ -242,7 +249,7 @@ def _install_linearized_head(base: PreTrainedModel) -> None:
             return trl_forward(*args, fused_lm_head=fused_lm_head, **kwargs)
         return _score_completions(self, head, args, kwargs)
 
-    base.forward = types.MethodType(forward, base)  # type: ignore[method-assign]
+    base.forward = types.MethodType(forward, base)
 
 
 def _score_completions(model: PreTrainedModel, head: nn.Module, args: Any, kwargs: dict[str, Any]) -> LinearizedOutput:
@@ -277,12 +284,12 @@ def _per_position(scores: TokenScores, mask: Tensor) -> dict[str, Any]:
     return {name: x.new_zeros(mask.shape).masked_scatter(mask, x) for name, x in vars(scores).items()}
 
 
-def _head_of(model: PreTrainedModel, head: nn.Module) -> Head:
+def _head_of(model: PreTrainedModel, head: Any) -> Head:
     """The head's weight, its active tangents Σ λᵢ τᵢ, and what the model does to its logits."""
     scale, softcap = _logit_options(model.config.get_text_config().to_dict())
     if not isinstance(head, TangentLayer):
         return Head(head.weight, head.bias, scale=scale, softcap=softcap)
-    linear = head.get_base_layer()
+    linear: Any = head.get_base_layer()
     factors = [head.factors(name, weight) for name, weight in head.carried_axes().items()]
     dense = [f.dense for f in factors if f.dense is not None]
     bs, projections = [f.b for f in factors if f.b is not None], [f.a for f in factors if f.a is not None]

@@ -1,4 +1,4 @@
-"""The PEFT method: configuration, wrapped layers, the tuner with its λ, the exports. Importing it registers the method."""
+"""The PEFT method: configuration, wrapped layers, the tuner with its λ, exports. Importing it registers the method."""
 
 from tangent_peft.tuner.config import TangentConfig as TangentConfig
 from tangent_peft.tuner.export import LoraExport as LoraExport

@@ -22,7 +22,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from tangent_peft.tuner.config import TangentConfig
-from tangent_peft.tuner.layer import TangentFactors, TangentLayer
+from tangent_peft.tuner.layer import TangentFactors, TangentLayer, leaf_weight
 
 
 if TYPE_CHECKING:
@@ -54,8 +54,8 @@ def check_weights(tuner: TangentModel, weights: Mapping[str, float]) -> dict[str
             raise ValueError(f"The weight of axis {name!r} is {weight!r}; λ must be a finite number.")
         if abs(value) > SAFE_WEIGHT:
             warnings.warn(
-                f"λ = {value} for axis {name!r}: mixes beyond |λ| = {SAFE_WEIGHT:g} are outside the range in which TS-DPO "
-                "was found to work; check the linearity gap and read the answers.",
+                f"λ = {value} for axis {name!r}: mixes beyond |λ| = {SAFE_WEIGHT:g} are outside the range in which "
+                "TS-DPO was found to work; check the linearity gap and read the answers.",
                 stacklevel=4,
             )
         checked[name] = value
@@ -75,8 +75,8 @@ def check_unmerged(tuner: TangentModel) -> None:
     merged = sorted({name for layer in tangent_layers(tuner.model) for name in layer.merged_adapters})
     if merged:
         raise ValueError(
-            f"Axes {merged} are merged into the base weights, so a mix can not change them. Call `model.unmerge_adapter()` "
-            "first."
+            f"Axes {merged} are merged into the base weights, so a mix can not change them. Call "
+            "`model.unmerge_adapter()` first."
         )
 
 
@@ -86,8 +86,8 @@ def refuse_saved_modules(tuner: TangentModel, weights: Mapping[str, float]) -> N
         extra = tuner.peft_config[name].modules_to_save
         if extra:
             raise ValueError(
-                f"Axis {name!r} keeps its own copy of the modules {extra}, which have no λ and do not mix. Activate that "
-                "one axis and use `model.merge_and_unload()`."
+                f"Axis {name!r} keeps its own copy of the modules {extra}, which have no λ and do not mix. Activate "
+                "that one axis and use `model.merge_and_unload()`."
             )
 
 
@@ -209,8 +209,7 @@ def _uniform(mixed: Mapping[str, TangentFactors]) -> dict[str, TangentFactors]:
     if all(factors.dense is None for factors in mixed.values()):
         return dict(mixed)
     return {
-        name: TangentFactors(dense=f.b @ f.a) if f.b is not None and f.a is not None else f
-        for name, f in mixed.items()
+        name: TangentFactors(dense=f.b @ f.a) if f.b is not None and f.a is not None else f for name, f in mixed.items()
     }
 
 
@@ -220,8 +219,8 @@ def _mixed_config(
     sources = [tuner.peft_config[name] for name in weights]
     if len({source.linearize for source in sources}) > 1:
         raise ValueError(
-            f"Axes { {name: tuner.peft_config[name].linearize for name in weights} } (linearize) can not be stored as one: "
-            "one adapter either is linearized or adds its weights."
+            f"Axes { {name: tuner.peft_config[name].linearize for name in weights} } (linearize) can not be stored as "
+            "one: one adapter either is linearized or adds its weights."
         )
     ranks = {name: factors.a.shape[0] for name, factors in mixed.items() if factors.a is not None}
     r = max(ranks.values(), default=None)
@@ -249,5 +248,5 @@ def _fill(layer: TangentLayer, adapter_name: str, factors: TangentFactors) -> No
     for attribute, value in targets.items():
         holder = layer.get_submodule(attribute)
         if isinstance(holder, nn.ModuleDict) and adapter_name in holder and value is not None:
-            weight = holder[adapter_name].weight
+            weight = leaf_weight(holder, adapter_name)
             holder[adapter_name].weight = nn.Parameter(value.detach().to(weight.device).clone(), requires_grad=False)

@@ -11,8 +11,8 @@ _NOTE = f"""
 {_MARK}
 ## Loading this axis
 
-This is a tangent axis (TS-DPO, arXiv 2602.01128) of the `tangent_peft` package. Import the package first: without it PEFT
-does not know the type and stops with `KeyError: 'TANGENT'`.
+This is a tangent axis (TS-DPO, arXiv 2602.01128) of the `tangent_peft` package. Import the package first: without it
+PEFT does not know the type and stops with `KeyError: 'TANGENT'`.
 
 ```python
 import tangent_peft  # registers the adapter type

@@ -22,8 +22,8 @@ class TangentConfig(PeftConfig):
     Args:
         r: rank of τ = B·A; `None` trains ΔW itself (dense, the paper).
         projection: `"shared"`: A is fixed, with orthonormal rows drawn from `projection_seed` and the layer's name, the
-            same for every axis, so τ is linear in its parameters and any mix keeps rank r. `"trained"`: A trains as well
-            and is saved; τ is then bilinear in its parameters. Ignored for dense τ.
+            same for every axis, so τ is linear in its parameters and any mix keeps rank r. `"trained"`: A trains as
+            well and is saved; τ is then bilinear in its parameters. Ignored for dense τ.
         projection_seed: seed of the shared projection; axes with another seed mix at the sum of their ranks.
         num_layers: wrap the last N blocks only; `None`, or more than there are: all. Modules outside of blocks that
             `target_modules` names stay selected.
@@ -58,7 +58,9 @@ class TangentConfig(PeftConfig):
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained and saved in full."})
     init_weights: bool = field(default=True, metadata={"help": "Start at τ = 0; False: random, for tests."})
     linearize: bool = field(default=True, metadata={"help": "Run f_lin; False: add ΔW to the weights."})
-    base_fingerprint: str | None = field(default=None, metadata={"help": "Sample of the base weights; checked on load."})
+    base_fingerprint: str | None = field(
+        default=None, metadata={"help": "Sample of the base weights; checked on load."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -71,8 +73,8 @@ class TangentConfig(PeftConfig):
         by_index = self.layers_to_transform is not None or self.layers_pattern is not None
         if by_index and isinstance(self.target_modules, str) and self.target_modules != "all-linear":
             raise ValueError(
-                f"`layers_to_transform` and `layers_pattern` do not apply when `target_modules` is the regular expression "
-                f"{self.target_modules!r}. Put the block indices into the expression, or list module names."
+                "`layers_to_transform` and `layers_pattern` do not apply when `target_modules` is the regular "
+                f"expression {self.target_modules!r}. Put the block indices into the expression, or list module names."
             )
 
     def _check_rank(self) -> None:
@@ -87,10 +89,13 @@ class TangentConfig(PeftConfig):
                 raise ValueError(f"The ranks in `rank_pattern` are positive integers; found {r!r} for {name!r}.")
         if self.r is None and self.rank_pattern:
             raise ValueError(
-                f"`rank_pattern={self.rank_pattern}` needs a rank to deviate from; `r` is None (dense). Set `r` as well."
+                f"`rank_pattern={self.rank_pattern}` needs a rank to deviate from; `r` is None (dense). Set `r` as "
+                "well."
             )
         if self.r is None and self.projection == "trained":
-            raise ValueError("`projection='trained'` needs a rank; `r` is None (dense tangent). Set `r`, for example 16.")
+            raise ValueError(
+                "`projection='trained'` needs a rank; `r` is None (dense tangent). Set `r`, for example 16."
+            )
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Writes `adapter_config.json`, and into the model card what to import before loading it."""
@@ -128,6 +133,6 @@ def check_safetensors(path: Path) -> None:
             file.keys()
     except SafetensorError as error:
         raise ValueError(
-            f"{path} ({path.stat().st_size} bytes) is not a complete safetensors file: {error}. It was probably cut off "
-            "while it was written or copied; restore it from its source or train the axis again."
+            f"{path} ({path.stat().st_size} bytes) is not a complete safetensors file: {error}. It was probably cut "
+            "off while it was written or copied; restore it from its source or train the axis again."
         ) from error

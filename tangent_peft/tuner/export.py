@@ -107,17 +107,15 @@ def _merged_state(tuner: TangentModel, weights: Mapping[str, float]) -> dict[str
     return state
 
 
-def export_lora(
-    tuner: TangentModel, path: Path, weights: Mapping[str, float] | None, rank: int | None
-) -> LoraExport:
+def export_lora(tuner: TangentModel, path: Path, weights: Mapping[str, float] | None, rank: int | None) -> LoraExport:
     """Saves θ(λ) − θ₀ as a LoRA directory that stock PEFT loads without this package.
 
     Args:
         tuner: the wrapped model.
         path: directory to write.
         weights: λ by axis; `None` exports the active mix.
-        rank: rank of the LoRA. `None`: the rank of the mix, exact, for low-rank axes; 16 for dense ones. A smaller rank is
-            the best approximation, by SVD.
+        rank: rank of the LoRA. `None`: the rank of the mix, exact, for low-rank axes; 16 for dense ones. A smaller rank
+            is the best approximation, by SVD.
 
     Returns:
         The rank and the relative error of the LoRA.

@@ -1,7 +1,7 @@
 """Which base model an axis belongs to, told by a small sample of its weights.
 
-A tangent is a direction at one point θ₀; at another base of the same shape it means nothing, and nothing would fail. The
-sample survives casting to half precision, so it is compared with a tolerance instead of hashed. It does not see a
+A tangent is a direction at one point θ₀; at another base of the same shape it means nothing, and nothing would fail.
+The sample survives casting to half precision, so it is compared with a tolerance instead of hashed. It does not see a
 fine-tuning that moved the sampled weights by less than that, nor quantized weights, for which there is no check.
 """
 
@@ -62,16 +62,17 @@ def check_fingerprint(recorded: str | None, model: nn.Module, adapter_name: str)
         return
     expected, found = (_decode(text) for text in (recorded, present))
     if expected.shape == found.shape:
-        difference = float(np.linalg.norm(expected - found) / max(np.linalg.norm(expected), 1e-12))
+        difference = float(np.linalg.norm(expected - found)) / max(float(np.linalg.norm(expected)), 1e-12)
         if difference <= TOLERANCE:
             return
         detail = f"its sampled weights differ by {difference:.1%}"
     else:
         detail = f"it has other layers ({found.size} sampled weights instead of {expected.size})"
     raise ValueError(
-        f"Axis {adapter_name!r} was trained on another base model than this {type(model).__name__}: {detail}. A tangent "
-        "is a direction at one base and means nothing at another. Load the base named in `base_model_name_or_path` of "
-        "its adapter_config.json; to load it here all the same, set `base_fingerprint` to null in that file."
+        f"Axis {adapter_name!r} was trained on another base model than this {type(model).__name__}: {detail}. A "
+        "tangent is a direction at one base and means nothing at another. Load the base named in "
+        "`base_model_name_or_path` of its adapter_config.json; to load it here all the same, set `base_fingerprint` to "
+        "null in that file."
     )
 
 

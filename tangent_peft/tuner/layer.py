@@ -1,7 +1,7 @@
 """The layers that carry a tangent: y = W x + b with ΔW = τ as its derivative.
 
-A wrapped layer maps the dual pair (x, ẋ) to (W x + b, W ẋ + Σ λᵢ τᵢ x). The base weight is never touched; τ is dense (ΔW
-itself) or low rank (B·A). Not linearized, the layer is an ordinary adapter, W x + b + Σ λᵢ τᵢ x.
+A wrapped layer maps the dual pair (x, ẋ) to (W x + b, W ẋ + Σ λᵢ τᵢ x). The base weight is never touched; τ is dense
+(ΔW itself) or low rank (B·A). Not linearized, the layer is an ordinary adapter, W x + b + Σ λᵢ τᵢ x.
 
 Every adapter attribute starts with `tangent_`, which is how PEFT and transformers recognize what to save.
 """
@@ -43,6 +43,12 @@ class TangentWeight(nn.Module):
         return "{}, {}".format(*self.weight.shape)
 
 
+def leaf_weight(holder: nn.ModuleDict, adapter_name: str) -> nn.Parameter:
+    """The matrix of an adapter in one of a layer's dicts of `TangentWeight`."""
+    leaf: Any = holder[adapter_name]
+    return leaf.weight
+
+
 @dataclass(frozen=True)
 class TangentFactors:
     """One layer's tangent at its weight λ, dense or as a product.
@@ -66,6 +72,8 @@ class TangentLayer(TangentCarrier, BaseTunerLayer):
 
     adapter_layer_names = ("tangent_delta", "tangent_A", "tangent_B")
     other_param_names = ("tangent_r", "tangent_scaling", "tangent_linearize", "tangent_projection", "tangent_key")
+
+    base_layer: Any  # nn.Linear or Conv1D, or another tuner's layer around one
 
     def __init__(self, base_layer: nn.Module, in_features: int, out_features: int, layer_name: str) -> None:
         nn.Module.__init__(self)
@@ -119,15 +127,15 @@ class TangentLayer(TangentCarrier, BaseTunerLayer):
             self.tangent_projection[adapter_name] = projection
             return
         self.tangent_A[adapter_name] = TangentWeight(r, self.in_features)
-        weight = self.tangent_A[adapter_name].weight
+        weight = leaf_weight(self.tangent_A, adapter_name)
         if not weight.is_meta:  # low_cpu_mem_usage: the weights come from the checkpoint
             weight.data.copy_(projection)
 
     def _randomize(self, adapter_name: str) -> None:
         """A tangent of about a percent of a typical weight, for tests."""
         for holder in (self.tangent_delta, self.tangent_B):
-            if adapter_name in holder and not holder[adapter_name].weight.is_meta:
-                nn.init.normal_(holder[adapter_name].weight, std=0.02)
+            if adapter_name in holder and not leaf_weight(holder, adapter_name).is_meta:
+                nn.init.normal_(leaf_weight(holder, adapter_name), std=0.02)
 
     def carried_axes(self) -> dict[str, float]:
         """The active axes of this layer and their λ; those at λ = 0 contribute nothing and are left out."""
@@ -153,8 +161,8 @@ class TangentLayer(TangentCarrier, BaseTunerLayer):
         if len(modes) > 1:
             raise ValueError(
                 f"Layer {self.layer_name!r} has active axes of both kinds: "
-                f"{ {name: self.tangent_linearize[name] for name in carried} } (linearize). Activate one kind, or evaluate "
-                "all of them as weights inside `with model.linearized(False):`."
+                f"{ {name: self.tangent_linearize[name] for name in carried} } (linearize). Activate one kind, or "
+                "evaluate all of them as weights inside `with model.linearized(False):`."
             )
         return modes.pop()
 
@@ -163,7 +171,7 @@ class TangentLayer(TangentCarrier, BaseTunerLayer):
     def projection(self, adapter_name: str, device: torch.device) -> Tensor:
         """A (r, in) of a low-rank adapter, trained or shared."""
         if adapter_name in self.tangent_A:
-            return self.tangent_A[adapter_name].weight
+            return leaf_weight(self.tangent_A, adapter_name)
         if self.tangent_projection[adapter_name].device != device:
             self.tangent_projection[adapter_name] = self.tangent_projection[adapter_name].to(device)
         return self.tangent_projection[adapter_name]
@@ -171,9 +179,9 @@ class TangentLayer(TangentCarrier, BaseTunerLayer):
     def factors(self, adapter_name: str, scale: float) -> TangentFactors:
         """The tangent of an adapter at weight `scale`, connected to its parameters."""
         if self.tangent_r[adapter_name] is None:
-            weight = self.tangent_delta[adapter_name].weight
+            weight = leaf_weight(self.tangent_delta, adapter_name)
             return TangentFactors(dense=weight if scale == 1.0 else weight * scale)
-        weight = self.tangent_B[adapter_name].weight
+        weight = leaf_weight(self.tangent_B, adapter_name)
         a = self.projection(adapter_name, weight.device).to(weight.dtype)
         return TangentFactors(b=weight if scale == 1.0 else weight * scale, a=a)
 
@@ -220,9 +228,10 @@ class TangentLayer(TangentCarrier, BaseTunerLayer):
             return y + self._apply_tangent(x, carried).to(y.dtype)
         if current_pass() is None:
             raise RuntimeError(
-                f"Layer {self.layer_name!r} carries the linearized axes {carried} but was called outside of a linearized "
-                "forward, where its tangent would be lost. Call the whole model that was wrapped, not a part of it; to run "
-                "a part, use `with model.linearized(False):` (weights) or `with model.disable_adapter():` (base)."
+                f"Layer {self.layer_name!r} carries the linearized axes {carried} but was called outside of a "
+                "linearized forward, where its tangent would be lost. Call the whole model that was wrapped, not a "
+                "part of it; to run a part, use `with model.linearized(False):` (weights) or "
+                "`with model.disable_adapter():` (base)."
             )
         primal, tangent = split(x)
         y, passed_on = self._apply_base(primal, tangent, *args, **kwargs)
@@ -270,7 +279,7 @@ class TangentLayer(TangentCarrier, BaseTunerLayer):
             self.tangent_merged[name] = self.tangent_scaling[name]
 
     def _set_merged(self, merged: Tensor) -> None:
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         if self.tangent_tied and self._tied_weight is None:
             self._tied_weight = base.weight
             base.weight = nn.Parameter(merged, requires_grad=base.weight.requires_grad)
@@ -282,7 +291,7 @@ class TangentLayer(TangentCarrier, BaseTunerLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         while self.merged_adapters:
             name = self.merged_adapters.pop()
             scale = self.tangent_merged.pop(name)
@@ -306,8 +315,8 @@ class TangentLayer(TangentCarrier, BaseTunerLayer):
         if self.tangent_guarded and self.carried_axes():
             raise RuntimeError(
                 f"Something reads the weight of {self.layer_name!r} instead of calling it, so the tangent of axes "
-                f"{self.carried_axes()} on the head would be lost. TRL's own trainers do: train with `TangentDPOTrainer`, "
-                "or give the head no tangent: `TangentConfig(lm_head=False)`."
+                f"{self.carried_axes()} on the head would be lost. TRL's own trainers do: train with "
+                "`TangentDPOTrainer`, or give the head no tangent: `TangentConfig(lm_head=False)`."
             )
         return super().weight
 

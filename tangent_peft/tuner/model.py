@@ -40,17 +40,22 @@ from tangent_peft.tuner.targets import (
 class TangentModel(BaseTuner):
     """Wraps a model so that each adapter is a preference axis in its tangent space (TS-DPO, arXiv 2602.01128).
 
-    Made by `peft.get_peft_model(model, TangentConfig(...), adapter_name="help")`, which returns a `PeftModel` around it;
-    all methods here are reached through that `PeftModel`.
+    Made by `peft.get_peft_model(model, TangentConfig(...), adapter_name="help")`, which returns a `PeftModel` around
+    it; all methods here are reached through that `PeftModel`.
     """
 
+    peft_config: dict[str, TangentConfig]  # type: ignore[assignment]  # PEFT lets no other method in beside it
     prefix = PREFIX
     tuner_layer_cls = TangentLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    target_module_mapping: dict[str, Any] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     # ---- injection ---------------------------------------------------------------------------------------------
 
-    def _prepare_adapter_config(self, peft_config: TangentConfig, model_config: dict[str, Any]) -> TangentConfig:
+    # These hooks narrow `PeftConfig` to `TangentConfig`, as every tuner does: hence the ignored overrides.
+
+    def _prepare_adapter_config(  # type: ignore[override]
+        self, peft_config: TangentConfig, model_config: dict[str, Any]
+    ) -> TangentConfig:
         self.blocks, self.head_name = find_blocks(self.model, peft_config.layers_pattern), head_name(self.model)
         if peft_config.target_modules is None or peft_config.target_modules == ALL_LINEAR:
             peft_config.target_modules = default_targets(self.model, peft_config)  # type: ignore[assignment]
@@ -61,7 +66,7 @@ class TangentModel(BaseTuner):
     def _check_target_module_exists(self, peft_config: TangentConfig, key: str) -> Any:  # type: ignore[override]
         return is_target(peft_config, key, self.blocks, self.head_name)
 
-    def _create_and_replace(
+    def _create_and_replace(  # type: ignore[override]
         self,
         peft_config: TangentConfig,
         adapter_name: str,
@@ -73,7 +78,7 @@ class TangentModel(BaseTuner):
     ) -> None:
         r = peft_config.r
         if peft_config.rank_pattern:
-            r = peft_config.rank_pattern.get(get_pattern_key(peft_config.rank_pattern.keys(), current_key), r)
+            r = peft_config.rank_pattern.get(get_pattern_key(list(peft_config.rank_pattern), current_key), r)
         if isinstance(target, TangentLayer):
             target.update_layer(adapter_name, r, peft_config)
             return
@@ -102,7 +107,9 @@ class TangentModel(BaseTuner):
         linearize_forward(model)
 
     def _mark_head(self, model: nn.Module) -> None:
-        head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+        if not isinstance(model, PreTrainedModel):
+            return
+        head = model.get_output_embeddings()
         if not isinstance(head, TangentLayer) or head.merged:
             return
         embedding = model.get_input_embeddings()
@@ -111,11 +118,12 @@ class TangentModel(BaseTuner):
 
     def get_output_embeddings(self) -> nn.Module | None:
         """The frozen head itself: PEFT then saves no copy of the base's embedding beside the tangent on the head."""
-        head = self.model.get_output_embeddings()
+        model: Any = self.model
+        head = model.get_output_embeddings()
         return head.get_base_layer() if isinstance(head, TangentLayer) else head
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(
+    def _remap_adapter_state_dict_for_load(  # type: ignore[override]
         cls, model: nn.Module, config: TangentConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
@@ -135,8 +143,8 @@ class TangentModel(BaseTuner):
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         if kwargs.get("adapter_names") is not None:
             raise ValueError(
-                f"`adapter_names={kwargs['adapter_names']}`: one axis per row of a batch is not supported. Run the rows of "
-                "each axis as a batch of their own, each inside `with model.axes({...}):`."
+                f"`adapter_names={kwargs['adapter_names']}`: one axis per row of a batch is not supported. Run the "
+                "rows of each axis as a batch of their own, each inside `with model.axes({...}):`."
             )
         yield
 
@@ -144,13 +152,14 @@ class TangentModel(BaseTuner):
         head = self.model.get_output_embeddings() if isinstance(self.model, PreTrainedModel) else None
         if isinstance(head, TangentLayer) and head.tangent_tied and head.carried_axes():
             warnings.warn(
-                "The head is tied to the input embedding and has a tangent of its own: merging gives it its own weight, the "
-                "embedding stays as it is, and `tie_word_embeddings` becomes False.",
+                "The head is tied to the input embedding and has a tangent of its own: merging gives it its own "
+                "weight, the embedding stays as it is, and `tie_word_embeddings` becomes False.",
                 stacklevel=3,
             )
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
+    # PEFT's annotation says None; it returns the model.
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:  # type: ignore[override]
+        model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
         restore_forward(model)
         return model
 
@@ -161,9 +170,9 @@ class TangentModel(BaseTuner):
 
         Args:
             weights: λ by axis name; axes not named are off, and `{}` is the base model.
-            adapter_name: without it the mix is active from now on and no weight is touched. With it the mix is stored as
-                a new adapter of that name (at λ = 1, not activated): of the same rank for shared projections, of the sum
-                of the ranks for trained ones, dense if one of the axes is.
+            adapter_name: without it the mix is active from now on and no weight is touched. With it the mix is stored
+                as a new adapter of that name (at λ = 1, not activated): of the same rank for shared projections, of the
+                sum of the ranks for trained ones, dense if one of the axes is.
 
         Raises:
             ValueError: for an unknown axis, a λ that is not finite, a name that is taken, a merged model.

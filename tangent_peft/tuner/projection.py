@@ -22,8 +22,8 @@ def shared_projection(seed: int, layer_name: str, r: int, in_features: int) -> T
     """
     if r > in_features:
         raise ValueError(
-            f"Layer {layer_name!r} has {in_features} input features, fewer than the rank r = {r} asked for. Lower `r`, set "
-            f"a rank for it in `rank_pattern`, or use r=None (dense)."
+            f"Layer {layer_name!r} has {in_features} input features, fewer than the rank r = {r} asked for. Lower `r`, "
+            f"set a rank for it in `rank_pattern`, or use r=None (dense)."
         )
     digest = hashlib.sha256(f"{seed}:{layer_name}".encode()).digest()
     stream = np.random.RandomState(np.frombuffer(digest, dtype=np.uint32))

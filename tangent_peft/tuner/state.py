@@ -22,13 +22,13 @@ def check_state_dict(model: nn.Module, adapter_name: str, state_dict: dict[str, 
     if missing:
         raise ValueError(
             f"The file of axis {adapter_name!r} lacks {len(missing)} of {len(expected)} tangents, for example "
-            f"{missing[0]!r}. It belongs to a model with other layers, or was written with another TangentConfig; load it "
-            "with the adapter_config.json saved beside it, on the base model named there."
+            f"{missing[0]!r}. It belongs to a model with other layers, or was written with another TangentConfig; load "
+            "it with the adapter_config.json saved beside it, on the base model named there."
         )
     for name, parameter in expected.items():
         if state_dict[name].shape != parameter.shape:
             raise ValueError(
-                f"The tangent {name!r} of axis {adapter_name!r} has shape {tuple(state_dict[name].shape)} in the file and "
-                f"{tuple(parameter.shape)} in this model. The axis was trained on another base model or with another "
-                "rank; load it on the base model named in its adapter_config.json."
+                f"The tangent {name!r} of axis {adapter_name!r} has shape {tuple(state_dict[name].shape)} in the file "
+                f"and {tuple(parameter.shape)} in this model. The axis was trained on another base model or with "
+                "another rank; load it on the base model named in its adapter_config.json."
             )

@@ -50,7 +50,9 @@ def block_index(key: str, blocks: tuple[str, int] | None) -> int | None:
 
 def head_name(model: nn.Module) -> str | None:
     """Full name of a language model's output embeddings, or `None`."""
-    head = find_head(model) if isinstance(model, PreTrainedModel) else None
+    if not isinstance(model, PreTrainedModel):
+        return None
+    head = find_head(model)
     if head is None or head is not model.get_output_embeddings():
         return None
     return next(name for name, module in model.named_modules() if module is head)
@@ -74,8 +76,8 @@ def default_targets(model: nn.Module, config: TangentConfig) -> set[str]:
     }
     if not names:
         raise ValueError(
-            f"{type(model).__name__} has no torch.nn.Linear or Conv1D layer that could carry a tangent. Name the modules to "
-            "wrap in `target_modules`."
+            f"{type(model).__name__} has no torch.nn.Linear or Conv1D layer that could carry a tangent. Name the "
+            "modules to wrap in `target_modules`."
         )
     return names
 

@@ -59,7 +59,8 @@ def test_missing_wheel(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_small_quickstart(tmp_path: Path) -> None:
     """Every stage once: two steps per axis, two questions, answers of four tokens."""
     output = tmp_path / "out"
-    assert main(["quickstart", "--output", str(output), "--steps", "2", "--pairs", "2", "--prompts", "2", "--tokens", "4"]) == 0
+    sizes = ["--steps", "2", "--pairs", "2", "--prompts", "2", "--tokens", "4"]
+    assert main(["quickstart", "--output", str(output), *sizes]) == 0
     report = json.loads((output / "results.json").read_text())
     assert {(entry["weights"]["verb"], entry["evaluation"]) for entry in report["sweep"]} >= {
         (-2.0, "linearized"),
@@ -72,7 +73,10 @@ def test_small_quickstart(tmp_path: Path) -> None:
     assert report["lora"]["relative_error"] == 0.0
     base = load_smollm2()[0].config._name_or_path
     check = subprocess.run(
-        [sys.executable, "-c", LOADED_WITHOUT_THE_PACKAGE, str(output), base], capture_output=True, text=True, check=False
+        [sys.executable, "-c", LOADED_WITHOUT_THE_PACKAGE, str(output), base],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert check.returncode == 0, check.stderr[-2000:]
 

@@ -22,7 +22,7 @@ def test_sweep_and_picture(
     model = get_peft_model(tiny_llama(), TangentConfig(num_layers=2, init_weights=False), adapter_name="verb").eval()
     model.combine_axes({"verb": 0.25})
     scorers = {
-        "length": lambda questions, answers: [len(answer) for answer in answers],
+        "characters": lambda questions, answers: [len(answer) for answer in answers],
         "words": lambda questions, answers: [len(answer.split()) for answer in answers],
     }
     mixes = [{"verb": 0.0}, {"verb": 1.0}]
@@ -36,9 +36,10 @@ def test_sweep_and_picture(
     assert points[0].answers == points[1].answers, "at λ = 0 both evaluations are the base model"
     assert points[2].answers != points[0].answers
     for point in points:
-        assert point.scores["length"] == pytest.approx(sum(map(len, point.answers)) / 2)
+        assert point.scores["characters"] == pytest.approx(sum(map(len, point.answers)) / 2)
+        assert point.scores["length"] == sum(point.lengths) / 2 and max(point.lengths) <= 6
     assert model.axis_weights == {"verb": 0.25}
-    plot_fronts(points, "length", "words", tmp_path / "front.png", ("characters", "words"))
+    plot_fronts(points, "characters", "words", tmp_path / "front.png", ("characters", "words"))
     assert (tmp_path / "front.png").stat().st_size > 1000
 
 

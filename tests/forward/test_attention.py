@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from cases import config, tangent_model
-from conftest import VOCABULARY, batch, build
+from conftest import TINY, batch, build, enlarge
 from oracle import attention
 from peft import get_peft_model
 from tolerances import assert_equal
@@ -71,11 +71,7 @@ CASES = {
     "continuing": Case(queries=3, keys=9, causal=True, offset=6),
     "continuing, window": Case(queries=3, keys=9, causal=True, offset=6, window=4),
 }
-CASES |= {
-    f"{name}, chunks of {n}": Case(**{**vars(case), "chunk": n})
-    for name, case in CASES.items()
-    for n in (1, 3)
-}
+CASES |= {f"{name}, chunks of {n}": Case(**{**vars(case), "chunk": n}) for name, case in CASES.items() for n in (1, 3)}
 
 
 def random(*shape: int) -> Tensor:
@@ -108,9 +104,7 @@ def bias_of(case: Case, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """The additive bias, and which queries see any key (B, 1 or H, T, 1)."""
     bias = torch.zeros(BATCH, HEADS, case.queries, case.keys, dtype=torch.float64)
     if mask is not None:
-        bias = bias + (
-            mask if mask.is_floating_point() else torch.zeros(mask.shape).masked_fill(~mask, -torch.inf)
-        )
+        bias = bias + (mask if mask.is_floating_point() else torch.zeros(mask.shape).masked_fill(~mask, -torch.inf))
     if case.causal:
         row, column = torch.arange(case.queries)[:, None] + case.offset, torch.arange(case.keys)[None]
         visible = (column <= row) & (column > row - (case.window or 10**6))
@@ -119,9 +113,7 @@ def bias_of(case: Case, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     return bias.masked_fill(~seen, 0.0), seen
 
 
-def reference(
-    case: Case, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, seen: Tensor, sinks: Tensor | None
-) -> Tensor:
+def reference(case: Case, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, seen: Tensor, sinks: Tensor | None) -> Tensor:
     """The oracle; soft-cap and sinks, which it does not know, are written out."""
     if case.softcap is None and sinks is None:
         return attention(q, k, v, bias, SCALE) * seen
@@ -154,13 +146,8 @@ def test_derivative_and_transpose(name: str, recorded: bool, monkeypatch: pytest
 
     shape = AttentionShape(SCALE, case.causal, case.offset, case.window, case.softcap)
     for which in SUBSETS:
-        tangents = [
-            random(*x.shape).requires_grad_() if has else None
-            for x, has in zip((q, k, v), which, strict=True)
-        ]
-        full = [
-            torch.zeros_like(x) if t is None else t.detach() for t, x in zip(tangents, (q, k, v), strict=True)
-        ]
+        tangents = [random(*x.shape).requires_grad_() if has else None for x, has in zip((q, k, v), which, strict=True)]
+        full = [torch.zeros_like(x) if t is None else t.detach() for t, x in zip(tangents, (q, k, v), strict=True)]
         out, expected = jvp(run, (q, k, v), tuple(full))
         if recorded:
             found = rule._tangent_by_chunks((q, k, v, out), tuple(tangents), mask, sinks, shape)
@@ -260,9 +247,7 @@ def test_flash_kernels(window: int | None, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(rule, "ALL_ATTENTION_FUNCTIONS", {"my_flash": flash})
     with attention_module("my_flash") as module:
         duals = [dual(x, t) for x, t in zip(primals, tangents, strict=True)]
-        found, _ = tangent_attention(
-            module, *duals, mask[:, 0, 0].long(), scaling=SCALE, sliding_window=window
-        )
+        found, _ = tangent_attention(module, *duals, mask[:, 0, 0].long(), scaling=SCALE, sliding_window=window)
         tangent = split(found)[1]
     assert tangent is not None
     assert_equal(tangent, expected)
@@ -371,23 +356,14 @@ def test_soft_capped_model_equals_eager(side: str) -> None:
     """Gemma 2: soft-cap and alternating windows. Eager differentiates itself; the rule must agree."""
     torch.manual_seed(0)
     settings = Gemma2Config(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
+        **TINY,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         head_dim=8,
         sliding_window=4,
         attn_logit_softcapping=1.0,
         final_logit_softcapping=None,
     )
-    base = Gemma2ForCausalLM(settings).eval()
-    with torch.no_grad():
-        for parameter in base.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(5.0)
-    model = get_peft_model(base, config()).eval()
+    model = get_peft_model(enlarge(Gemma2ForCausalLM(settings)), config()).eval()
     inputs, found = batch(side), []
     AttentionInterface.register("capped", _soft_capped)
     AttentionMaskInterface.register("capped", sdpa_mask)
@@ -405,9 +381,7 @@ def test_soft_capped_model_equals_eager(side: str) -> None:
         assert_equal(left, right)
 
 
-def _soft_capped(
-    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kwargs: Any
-) -> Any:
+def _soft_capped(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
     """A kernel with a soft-cap, as flash attention has, and with no derivative in forward mode."""
     k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
     cap = kwargs["softcap"]

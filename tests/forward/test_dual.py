@@ -64,9 +64,7 @@ def test_a_part_of_the_model_is_refused() -> None:
     with pytest.raises(RuntimeError, match=r"whole model.*linearized\(False\)"):
         backbone(**INPUTS)
     with model.disable_adapter():
-        assert torch.equal(
-            backbone(**INPUTS).last_hidden_state, build("llama").model(**INPUTS).last_hidden_state
-        )
+        assert torch.equal(backbone(**INPUTS).last_hidden_state, build("llama").model(**INPUTS).last_hidden_state)
     works(model, expected)
 
 
@@ -105,9 +103,7 @@ def test_an_exception_leaves_no_level_open(where: str, error: type[BaseException
     with pytest.raises(error):
         model(**INPUTS)
     handle.remove()
-    if (
-        error is KeyboardInterrupt
-    ):  # PyTorch runs no hooks after it; the next call of any wrapped model tidies up
+    if error is KeyboardInterrupt:  # PyTorch runs no hooks after it; the next call of any wrapped model tidies up
         with model.disable_adapter():
             assert torch.equal(logits(model, **INPUTS), logits(build("llama"), **INPUTS))
     works(model, expected)
@@ -180,9 +176,7 @@ def test_tuple_output(name: str) -> None:
     assert isinstance(found, tuple)
     assert torch.equal(found[0], expected.logits)
     labels = INPUTS["input_ids"]
-    assert torch.equal(
-        model(**INPUTS, labels=labels, return_dict=False)[0], model(**INPUTS, labels=labels).loss
-    )
+    assert torch.equal(model(**INPUTS, labels=labels, return_dict=False)[0], model(**INPUTS, labels=labels).loss)
 
 
 def plain_tensors(tree: Any) -> bool:

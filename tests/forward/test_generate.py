@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from cases import tangent_model
-from conftest import VOCABULARY, batch, build
+from cases import config, tangent_model
+from conftest import TINY, VOCABULARY, batch, build, enlarge
 from peft import PeftModel, get_peft_model
 from tolerances import assert_equal
 from torch import Tensor
@@ -113,23 +113,8 @@ def test_static_cache_after_another_mix() -> None:
 
 def mistral(window: int) -> PeftModel:
     torch.manual_seed(0)
-    settings = MistralConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        sliding_window=window,
-        pad_token_id=0,
-        eos_token_id=2,
-    )
-    base = MistralForCausalLM(settings).eval()
-    with torch.no_grad():
-        for parameter in base.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(5.0)
-    return get_peft_model(base, TangentConfig(task_type="CAUSAL_LM", num_layers=2, init_weights=False)).eval()
+    settings = MistralConfig(**TINY, num_hidden_layers=3, sliding_window=window, pad_token_id=0, eos_token_id=2)
+    return get_peft_model(enlarge(MistralForCausalLM(settings)), config()).eval()
 
 
 @pytest.mark.parametrize("cache", [None, "static"])
@@ -263,11 +248,7 @@ def test_encoder_decoder(decoding: str) -> None:
         max_position_embeddings=64,
         forced_eos_token_id=None,
     )
-    base = BartForConditionalGeneration(settings).eval()
-    with torch.no_grad():
-        for parameter in base.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(5.0)
+    base = enlarge(BartForConditionalGeneration(settings))
     model = get_peft_model(base, TangentConfig(task_type="SEQ_2_SEQ_LM", init_weights=False)).eval()
     expected = generate(model, use_cache=False, **DECODING[decoding])
     assert_same(generate(model, **DECODING[decoding]), expected)

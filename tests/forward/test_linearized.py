@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import FORMS, config, tangent_layers, tangent_model
 from conftest import batch, build
 from oracle import gradient, linearized
 from peft import PeftModel, get_peft_model
@@ -16,15 +17,8 @@ from torch import Tensor
 from tangent_peft import TangentConfig
 
 
-FORMS = {
-    "dense": {"r": None},
-    "shared": {"r": 4},
-    "trained": {"r": 4, "projection": "trained"},
-}
-
-
 class _Float64Torch:
-    """`torch` with another float32: the norms and softmaxes of transformers compute in float32 whatever the model's dtype."""
+    """`torch` with another float32: in it transformers computes its norms and softmaxes, whatever the model's dtype."""
 
     float32 = torch.float64
 
@@ -39,18 +33,10 @@ def _in_float64(model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> torc
 
 def deltas(model: PeftModel) -> dict[str, Tensor]:
     """ΔW of the active mix by the weight's name in the unmodified model."""
-    found = {}
-    for name, layer in model.get_base_model().named_modules():
-        if "TangentLayer" in {c.__name__ for c in type(layer).__mro__}:
-            found[f"{name}.weight"] = sum(layer.get_delta_weight(axis) for axis in layer.carried_axes()).detach()
-    return found
-
-
-def tangent_model(name: str, form: str, attention: str = "sdpa", layers: int | None = 2, **options: Any) -> PeftModel:
-    base = build(name)
-    base.set_attn_implementation(attention)
-    config = TangentConfig(task_type="CAUSAL_LM", num_layers=layers, init_weights=False, **FORMS[form], **options)
-    return get_peft_model(base, config).eval()
+    return {
+        f"{layer.layer_name}.weight": sum(layer.get_delta_weight(axis) for axis in layer.carried_axes()).detach()
+        for layer in tangent_layers(model)
+    }
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -61,7 +47,8 @@ def tangent_model(name: str, form: str, attention: str = "sdpa", layers: int | N
 def test_logits_and_gradient_equal_the_oracle(
     name: str, form: str, attention: str, side: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = tangent_model(name, form, attention)
+    model = tangent_model(name, form)
+    model.get_base_model().set_attn_implementation(attention)
     base = build(name)
     if dtype == torch.float64:
         base, model = _in_float64(base, monkeypatch), model.double()
@@ -115,7 +102,7 @@ def test_a_new_axis_starts_at_the_base() -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_linear_in_tau(form: str) -> None:
     model = tangent_model("llama", form)
-    model.add_adapter("other", TangentConfig(num_layers=3, init_weights=False, **FORMS[form]))
+    model.add_adapter("other", config(form, num_layers=3))
     inputs = batch("left")
     real = inputs["attention_mask"].bool()
 
@@ -201,7 +188,7 @@ def test_autocast_and_half_precision() -> None:
 def test_layers_below_the_first_tangent_run_no_derivative() -> None:
     from tangent_peft.forward import current_pass, split
 
-    model = tangent_model("llama", "dense", layers=1)
+    model = tangent_model("llama", "dense", num_layers=1)
     seen = {}
 
     def look(index: int) -> Any:

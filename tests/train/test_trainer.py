@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import FORMS, config
 from conftest import build
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
@@ -19,8 +20,6 @@ from trl import DPOConfig, DPOTrainer
 
 from tangent_peft import TangentConfig, TangentDPOConfig, TangentDPOTrainer
 
-
-FORMS = {"dense": {}, "shared": {"r": 4}, "trained": {"r": 4, "projection": "trained"}}
 
 LOSSES = [
     *("sigmoid", "hinge", "ipo", "nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_zero", "apo_down"),
@@ -70,14 +69,6 @@ def make_trainer(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, pairs: list
     return make
 
 
-def random_axis(form: str = "dense", **options: Any) -> TangentConfig:
-    return TangentConfig(task_type="CAUSAL_LM", num_layers=2, init_weights=False, **FORMS[form], **options)
-
-
-def first_batch(trainer: TangentDPOTrainer) -> dict[str, Any]:
-    return next(iter(trainer.get_train_dataloader()))
-
-
 def loss_and_gradients(trainer: TangentDPOTrainer, compute: Callable[..., Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     model = trainer.model.train()
     model.zero_grad()
@@ -88,14 +79,14 @@ def loss_and_gradients(trainer: TangentDPOTrainer, compute: Callable[..., Tensor
 
 def first_batch_of(trainer: TangentDPOTrainer) -> dict[str, Any]:
     torch.manual_seed(0)
-    return first_batch(trainer)
+    return next(iter(trainer.get_train_dataloader()))
 
 
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("form", ["dense", "shared"])
 def test_every_loss_equals_two_forwards(form: str, options: str, make_trainer: Callable[..., Any]) -> None:
     """The reference from the primal of the same forward, or from a forward of its own with the axis off."""
-    trainer = make_trainer(peft_config=random_axis(form), **OPTIONS[options])
+    trainer = make_trainer(peft_config=config(form), **OPTIONS[options])
     loss, gradients = loss_and_gradients(trainer, trainer.compute_loss)
     trainer._metrics["train"].clear()
     expected_loss, expected = loss_and_gradients(trainer, lambda m, i: DPOTrainer.compute_loss(trainer, m, i))
@@ -109,7 +100,7 @@ def test_every_loss_equals_two_forwards(form: str, options: str, make_trainer: C
 @pytest.mark.parametrize("head", [True, False])
 def test_sigmoid_loss_equals_plain_logits(form: str, head: bool, make_trainer: Callable[..., Any]) -> None:
     """Nothing of TRL's: log-probs from `model(...).logits` of the linearized and of the base model."""
-    trainer = make_trainer(peft_config=random_axis(form, lm_head=head))
+    trainer = make_trainer(peft_config=config(form, lm_head=head))
     loss, gradients = loss_and_gradients(trainer, trainer.compute_loss)
     trainer.model.zero_grad()
     batch = first_batch_of(trainer)
@@ -191,7 +182,7 @@ def adjoint_error(trainer: TangentDPOTrainer, loss: Tensor, inputs: dict[str, An
 
 
 def test_trains_the_named_axis_only(make_trainer: Callable[..., Any]) -> None:
-    model = get_peft_model(build("llama"), random_axis(), adapter_name="help")
+    model = get_peft_model(build("llama"), config(), adapter_name="help")
     model.add_adapter("verb", TangentConfig(num_layers=2, r=4))
     before = {name: p.clone() for name, p in model.named_parameters()}
     trainer = make_trainer(model=model, axis="verb")
@@ -210,9 +201,9 @@ def test_axis_names_a_new_adapter(make_trainer: Callable[..., Any], tmp_path: Pa
 
 
 def test_default_learning_rate_depends_on_the_form(make_trainer: Callable[..., Any]) -> None:
-    rates = {form: make_trainer(peft_config=random_axis(form)).args.learning_rate for form in FORMS}
+    rates = {form: make_trainer(peft_config=config(form)).args.learning_rate for form in FORMS}
     assert len(set(rates.values())) == 3 and min(rates.values()) > 1e-6
-    assert make_trainer(peft_config=random_axis("dense"), learning_rate=3e-4).args.learning_rate == 3e-4
+    assert make_trainer(peft_config=config("dense"), learning_rate=3e-4).args.learning_rate == 3e-4
 
 
 @pytest.mark.parametrize("kind", ["standard", "implicit prompt", "iterable"])
@@ -224,7 +215,8 @@ def test_dataset_formats(kind: str, make_trainer: Callable[..., Any], pairs: lis
         rows = [{key: row["prompt"] + row[key] for key in ("chosen", "rejected")} for row in pairs]
     data = Dataset.from_list(rows)
     trainer = make_trainer(
-        peft_config=TangentConfig(num_layers=2), train_dataset=data.to_iterable_dataset() if kind == "iterable" else data
+        peft_config=TangentConfig(num_layers=2),
+        train_dataset=data.to_iterable_dataset() if kind == "iterable" else data,
     )
     trainer.train()
     assert trainer.state.global_step == 3
@@ -246,7 +238,7 @@ def test_evaluation_metrics_and_prediction(make_trainer: Callable[..., Any], pai
 
 def test_evaluation_follows_the_mix(make_trainer: Callable[..., Any], pairs: list[dict[str, Any]]) -> None:
     """At λ = 0 policy and reference are one model; as weights the reference is still the base."""
-    trainer = make_trainer(peft_config=random_axis("shared"), extra={"eval_dataset": Dataset.from_list(pairs)})
+    trainer = make_trainer(peft_config=config("shared"), extra={"eval_dataset": Dataset.from_list(pairs)})
     with trainer.model.axes(default=0.0):
         assert trainer.evaluate()["eval_rewards/margins"] == pytest.approx(0.0, abs=1e-5)
     with trainer.model.linearized(False):
@@ -255,8 +247,8 @@ def test_evaluation_follows_the_mix(make_trainer: Callable[..., Any], pairs: lis
 
 def test_weights_evaluation_equals_plain_logits(make_trainer: Callable[..., Any]) -> None:
     """An axis with linearize=False (Task-Vector DPO) trains its tangent on the head as well."""
-    trainer = make_trainer(peft_config=random_axis("dense", linearize=False))
-    loss, gradients = loss_and_gradients(trainer, trainer.compute_loss)
+    trainer = make_trainer(peft_config=config("dense", linearize=False))
+    _, gradients = loss_and_gradients(trainer, trainer.compute_loss)
     assert any("lm_head" in name for name in gradients)
     batch = first_batch_of(trainer)
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
@@ -268,12 +260,18 @@ def test_weights_evaluation_equals_plain_logits(make_trainer: Callable[..., Any]
 
 
 def test_gradient_accumulation_checkpoint_and_resume(make_trainer: Callable[..., Any], tmp_path: Path) -> None:
-    options = {"gradient_accumulation_steps": 2, "max_steps": 4, "save_strategy": "steps", "save_steps": 2, "axis": "verb"}
-    config = {"num_layers": 2, "r": 4, "task_type": "CAUSAL_LM"}
-    trainer = make_trainer(peft_config=TangentConfig(**config), **options)
+    options = {
+        "gradient_accumulation_steps": 2,
+        "max_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "axis": "verb",
+    }
+    axis = {"num_layers": 2, "r": 4, "task_type": "CAUSAL_LM"}
+    trainer = make_trainer(peft_config=TangentConfig(**axis), **options)
     trainer.train()
     expected = {name: p.clone() for name, p in trainer.model.named_parameters() if "tangent_" in name}
-    again = make_trainer(peft_config=TangentConfig(**config), **options)
+    again = make_trainer(peft_config=TangentConfig(**axis), **options)
     again.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     for name, parameter in again.model.named_parameters():
         if name in expected:
@@ -300,8 +298,8 @@ def test_bf16_autocast_trains(make_trainer: Callable[..., Any]) -> None:
 
 def test_explicit_reference_model(make_trainer: Callable[..., Any]) -> None:
     reference: PreTrainedModel = build("llama")
-    trainer = make_trainer(peft_config=random_axis(), extra={"ref_model": reference})
-    free = make_trainer(peft_config=random_axis())
+    trainer = make_trainer(peft_config=config(), extra={"ref_model": reference})
+    free = make_trainer(peft_config=config())
     free.model.load_state_dict(trainer.model.state_dict())
     loss, _ = loss_and_gradients(trainer, trainer.compute_loss)
     assert_equal(loss, loss_and_gradients(free, free.compute_loss)[0])
@@ -310,25 +308,9 @@ def test_explicit_reference_model(make_trainer: Callable[..., Any]) -> None:
 # ---- bad input -------------------------------------------------------------------------------------------------------
 
 
-def test_stock_trainer_refuses_a_tangent_on_the_head(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, pairs: list[dict[str, Any]]
-) -> None:
-    args = DPOConfig(
-        output_dir=str(tmp_path), report_to="none", use_cpu=True, bf16=False, gradient_checkpointing=False, max_steps=1
-    )
-    trainer = DPOTrainer(
-        model=build("llama"),
-        args=args,
-        train_dataset=Dataset.from_list(pairs),
-        processing_class=tokenizer,
-        peft_config=TangentConfig(num_layers=2, task_type="CAUSAL_LM"),
-    )
-    with pytest.raises(RuntimeError, match="TangentDPOTrainer"):
-        trainer.train()
-
-
-def test_stock_trainer_works_without_a_tangent_on_the_head(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, pairs: list[dict[str, Any]]
+@pytest.mark.parametrize("lm_head", [True, False])
+def test_stock_trainer_refuses_a_tangent_on_the_head_alone(
+    lm_head: bool, tmp_path: Path, tokenizer: PreTrainedTokenizerFast, pairs: list[dict[str, Any]]
 ) -> None:
     args = DPOConfig(
         output_dir=str(tmp_path), report_to="none", use_cpu=True, bf16=False, gradient_checkpointing=False, max_steps=2
@@ -338,25 +320,29 @@ def test_stock_trainer_works_without_a_tangent_on_the_head(
         args=args,
         train_dataset=Dataset.from_list(pairs),
         processing_class=tokenizer,
-        peft_config=TangentConfig(num_layers=2, task_type="CAUSAL_LM", lm_head=False),
+        peft_config=TangentConfig(num_layers=2, task_type="CAUSAL_LM", lm_head=lm_head),
     )
-    trainer.train()
+    if not lm_head:
+        trainer.train()
+        return
+    with pytest.raises(RuntimeError, match="TangentDPOTrainer"):
+        trainer.train()
 
 
 def test_bad_input(make_trainer: Callable[..., Any], tmp_path: Path) -> None:
     from peft import LoraConfig
 
-    model = get_peft_model(build("llama"), random_axis(), adapter_name="help")
+    model = get_peft_model(build("llama"), config(), adapter_name="help")
     with pytest.raises(ValueError, match=r"axes \['help'\].*axis='verb'"):
         make_trainer(model=model, axis="verb")
     with pytest.raises(ValueError, match="add_adapter"):
-        make_trainer(model=model, peft_config=random_axis())
+        make_trainer(model=model, peft_config=config())
     with pytest.raises(ValueError, match="LoraConfig"):
         make_trainer(peft_config=LoraConfig())
     with pytest.raises(ValueError, match="LoraConfig"):
         make_trainer(model=get_peft_model(build("llama"), LoraConfig()))
     with pytest.raises(ValueError, match="'ref'"):
-        make_trainer(model=get_peft_model(build("llama"), random_axis(), adapter_name="ref"))
+        make_trainer(model=get_peft_model(build("llama"), config(), adapter_name="ref"))
     for option in ("gradient_checkpointing", "use_liger_kernel", "torch_compile"):
         with pytest.raises(ValueError, match=option):
             TangentDPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **{option: True})

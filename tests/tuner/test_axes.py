@@ -9,13 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from cases import FORMS, config, logits, tangent_model
+from cases import FORMS, config, logits, tangent_layers, tangent_model
 from conftest import batch, build
 from peft import PeftModel
 from tolerances import TOLERANCE, assert_equal
 from torch import Tensor
-
-from tangent_peft.tuner import TangentLayer
 
 
 INPUTS = batch("left")
@@ -28,10 +26,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "trained": {"form": "trained"},
     "rank pattern": {"form": "shared", "rank_pattern": {"q_proj": 2}},
 }
-
-
-def tangent_layers(model: torch.nn.Module) -> list[TangentLayer]:
-    return [module for module in model.modules() if isinstance(module, TangentLayer)]
 
 
 def two_axes(first: str = "shared", second: str = "dense", name: str = "llama") -> PeftModel:
@@ -61,10 +55,7 @@ def state(model: PeftModel) -> Any:
         model.axis_weights,
         model.active_adapters,
         [(id(parameter), parameter.requires_grad) for parameter in model.parameters()],
-        [
-            (dict(layer.tangent_scaling), layer.tangent_forced, layer.active_adapters)
-            for layer in tangent_layers(model)
-        ],
+        [(dict(layer.tangent_scaling), layer.tangent_forced, layer.active_adapters) for layer in tangent_layers(model)],
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import FORMS, config, logits, tangent_model
+from cases import FORMS, config, logits, tangent_layers, tangent_model
 from conftest import MODELS, batch, build, make_llama
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -18,7 +18,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from tangent_peft import TangentConfig
-from tangent_peft.tuner import TangentLayer
 
 
 INPUTS = batch("left")
@@ -75,9 +74,7 @@ def test_merged_keeps_the_tie_of_an_unchanged_head(tmp_path: Path) -> None:
     assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
 
 
-def test_merged_exports_the_active_mix_and_the_tokenizer(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_merged_exports_the_active_mix_and_the_tokenizer(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     model = two_axes()
     model.combine_axes(WEIGHTS)
     model.export_merged(tmp_path, tokenizer=tokenizer)
@@ -138,9 +135,7 @@ def test_lora_loads_without_this_package(tmp_path: Path) -> None:
         "assert 'tangent_peft' not in sys.modules\n"
         "print(float((found - case['expected']).abs().max() / case['expected'].abs().max()))\n"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=False
-    )
+    run = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert float(run.stdout) <= 1e-5
 
@@ -155,7 +150,7 @@ def test_lora_of_another_rank_reports_its_error(form: str, rank: int | None, tmp
     saved = PeftConfig.from_pretrained(tmp_path)
     assert isinstance(saved, LoraConfig) and saved.lora_alpha == saved.r == result.rank
     missed = best = total = 0.0
-    for layer in (module for module in model.modules() if isinstance(module, TangentLayer)):
+    for layer in tangent_layers(model):
         delta = -0.5 * layer.delta("help", 1.0).detach().double()
         prefix = f"base_model.model.{layer.layer_name}.lora_"
         b, a = state[f"{prefix}B.weight"].double(), state[f"{prefix}A.weight"].double()

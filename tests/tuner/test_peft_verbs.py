@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import FORMS, config, logits, tangent_model
+from cases import FORMS, config, logits, tangent_layers, tangent_model
 from conftest import batch, build
 from peft import (
     AutoPeftModelForCausalLM,
@@ -31,14 +31,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tangent_peft import TangentConfig
 from tangent_peft.forward import LinearizedForward
-from tangent_peft.tuner import TangentLayer
 
 
 INPUTS = batch("left")
-
-
-def tangent_layers(model: torch.nn.Module) -> list[TangentLayer]:
-    return [module for module in model.modules() if isinstance(module, TangentLayer)]
 
 
 def saved_base(path: Path, name: str = "llama") -> PreTrainedModel:
@@ -61,9 +56,7 @@ def test_counts_and_status(capsys: pytest.CaptureFixture[str]) -> None:
     assert status.num_adapter_layers == len(sizes) == 2 * 7 + 1
     assert status.enabled and status.active_adapters == ["default"] and status.merged_adapters == []
     layers = get_layer_status(model)
-    assert [layer.name for layer in layers] == [
-        f"model.{layer.layer_name}" for layer in tangent_layers(model)
-    ]
+    assert [layer.name for layer in layers] == [f"model.{layer.layer_name}" for layer in tangent_layers(model)]
     assert all(layer.requires_grad == {"default": True} for layer in layers)
     assert "tangent.TangentLinear" in repr(model)
 
@@ -149,9 +142,7 @@ def test_modules_to_save(tmp_path: Path) -> None:
 
 def test_a_lora_can_not_be_mixed_in() -> None:
     with pytest.raises((ValueError, TypeError)):
-        tangent_model("llama").add_adapter(
-            "lora", LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
-        )
+        tangent_model("llama").add_adapter("lora", LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
 
 
 # ---- saving and loading ------------------------------------------------------------------------------------
@@ -402,9 +393,7 @@ def test_safe_merge(verb: str) -> None:
     with pytest.raises(
         ValueError, match=r"NaNs detected in the merged weights. The adapter default seems to be broken"
     ):
-        {"merge_and_unload": model.merge_and_unload, "merge_adapter": model.merge_adapter}[verb](
-            safe_merge=True
-        )
+        {"merge_and_unload": model.merge_and_unload, "merge_adapter": model.merge_adapter}[verb](safe_merge=True)
     assert layer.merged_adapters == []
     found = dict(model.named_parameters())
     assert all(torch.equal(found[name], value) for name, value in before.items())

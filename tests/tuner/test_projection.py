@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import config, tangent_model
+from cases import config, tangent_layers, tangent_model
 from tolerances import TOLERANCE, assert_equal
 
-from tangent_peft.tuner import TangentLayer
 from tangent_peft.tuner.projection import shared_projection
 
 
@@ -31,18 +30,14 @@ def test_too_high_a_rank() -> None:
         shared_projection(0, "a", 4, 3)
 
 
-def layers(model: torch.nn.Module) -> list[TangentLayer]:
-    return [module for module in model.modules() if isinstance(module, TangentLayer)]
-
-
 def test_casting_the_model_does_not_round_it() -> None:
     model = tangent_model("llama", "shared")
     device = torch.device("cpu")
-    before = [layer.projection("default", device).clone() for layer in layers(model)]
+    before = [layer.projection("default", device).clone() for layer in tangent_layers(model)]
     model.half().float().bfloat16().double()
     assert all(
         torch.equal(layer.projection("default", device), a)
-        for layer, a in zip(layers(model), before, strict=True)
+        for layer, a in zip(tangent_layers(model), before, strict=True)
     )
     assert not any("projection" in name for name in model.state_dict())
 
@@ -51,20 +46,16 @@ def test_axes_share_it_and_inner_products_survive() -> None:
     """⟨τ₁, τ₂⟩ = ⟨B₁, B₂⟩."""
     model = tangent_model("gpt2", "shared")
     model.add_adapter("other", config("shared"))
-    for layer in layers(model):
+    for layer in tangent_layers(model):
         assert layer.tangent_projection["default"] is layer.tangent_projection["other"]
         left, right = (layer.delta(name, 1.0).detach().double() for name in ("default", "other"))
         b_left, b_right = (layer.tangent_B[name].weight.detach().double() for name in ("default", "other"))
         expected = (b_left * b_right).sum()
         scale = float(left.norm() * right.norm())
-        assert float((left * right).sum()) == pytest.approx(
-            float(expected), abs=TOLERANCE[torch.float32] * scale
-        )
+        assert float((left * right).sum()) == pytest.approx(float(expected), abs=TOLERANCE[torch.float32] * scale)
 
 
 def test_two_models_agree() -> None:
     first, second = tangent_model("llama", "shared"), tangent_model("llama", "trained")
-    for one, two in zip(layers(first), layers(second), strict=True):
-        assert torch.equal(
-            one.tangent_projection["default"], two.tangent_A["default"].weight
-        )  # where A starts
+    for one, two in zip(tangent_layers(first), tangent_layers(second), strict=True):
+        assert torch.equal(one.tangent_projection["default"], two.tangent_A["default"].weight)  # where A starts
