@@ -12,12 +12,14 @@ TRL keeps the loss, its metrics, data, evaluation and checkpoints. Three seams a
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -112,6 +114,7 @@ class TangentDPOTrainer(DPOTrainer):
                 f"`args` is a {type(args).__name__}; TangentDPOTrainer takes a TangentDPOConfig, which has the same "
                 "fields and defaults that suit a tangent."
             )
+        args = copy.copy(args)  # completed below; the caller's object may serve for another axis
         base, peft_config, wrap = _policy(model, peft_config, args)
         with _named_axis(wrap):
             super().__init__(
@@ -145,7 +148,7 @@ class TangentDPOTrainer(DPOTrainer):
         """TRL's loss; the reference log-probs are the primal's, from the same forward as the policy's."""
         linearized = self._linearized_forward
         given = self.ref_model is not None or self.precompute_ref_logps
-        if given or linearized is None or linearized.mix() is None:
+        if given or linearized is None or linearized.mix() is None or _primal_moves(model):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self.precompute_ref_logps = True  # TRL then takes the reference from the batch
         try:
@@ -155,6 +158,34 @@ class TangentDPOTrainer(DPOTrainer):
             self.precompute_ref_logps = False
             for key in _REFERENCE_KEYS:
                 inputs.pop(key, None)
+
+    def _load_best_model(self) -> None:
+        """As the host's, which looks for the adapter in the checkpoint itself, where only "default" lies."""
+        args: Any = self.args
+        axis = args.axis or "default"
+        folder = Path(self.state.best_model_checkpoint or "") / axis
+        if not folder.is_dir():
+            super()._load_best_model()
+            return
+        model: Any = self.accelerator.unwrap_model(self.model)
+        model.load_adapter(str(folder), axis, is_trainable=True)
+        model.set_adapter(axis)
+
+
+def _primal_moves(model: nn.Module) -> bool:
+    """Whether modules train beside the tangents (`modules_to_save`): the primal is then not the base any more.
+
+    Raises:
+        ValueError: if weights of the base itself train, of which no copy is left that could be the reference.
+    """
+    others = [name for name, p in model.named_parameters() if p.requires_grad and ".tangent_" not in name]
+    base = [name for name in others if ".modules_to_save." not in name]
+    if base:
+        raise ValueError(
+            f"{len(base)} weights of the base model require gradients, for example {base[0]!r}; the base is the "
+            "reference and stays frozen. Call `requires_grad_(False)` on them, or name their modules in `modules_to_save`."
+        )
+    return bool(others)
 
 
 # ---- which model, which axis -----------------------------------------------------------------------------------------

@@ -348,3 +348,69 @@ def test_bad_input(make_trainer: Callable[..., Any], tmp_path: Path) -> None:
             TangentDPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **{option: True})
     with pytest.raises(TypeError, match="TangentDPOConfig"):
         TangentDPOTrainer(model=build("llama"), args=DPOConfig(str(tmp_path), use_cpu=True, bf16=False))  # type: ignore[arg-type]
+
+
+def test_base_weights_must_stay_frozen(make_trainer: Callable[..., Any]) -> None:
+    trainer = make_trainer(peft_config=config("dense"))
+    trainer.model.get_base_model().model.norm.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"model\.norm\.weight.*frozen"):
+        trainer.train()
+
+
+# ---- found in review -------------------------------------------------------------------------------------------------
+
+
+def test_reference_with_modules_to_save_is_the_base(make_trainer: Callable[..., Any]) -> None:
+    """The primal of the pass holds the trained copy of the norm; the reference must not."""
+    trainer = make_trainer(peft_config=config("shared", modules_to_save=["norm"]), learning_rate=1e-2)
+    trainer.train()
+    batch = first_batch_of(trainer)
+    base = build("llama")
+    with torch.no_grad():
+        logits = base(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        picked = logits.log_softmax(-1).gather(2, batch["input_ids"][:, 1:, None])[..., 0]
+        expected = (picked * batch["completion_mask"][:, 1:]).sum(1).chunk(2)[0].mean()
+        trainer._metrics["train"].clear()
+        trainer.compute_loss(trainer.model.train(), batch)
+    metrics = {name: values[-1] for name, values in trainer._metrics["train"].items()}
+    reference = metrics["logps/chosen"] - metrics["rewards/chosen"] / 0.5
+    assert reference == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_arguments_are_not_changed(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, pairs: list[dict[str, Any]]
+) -> None:
+    args = TangentDPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, report_to="none", max_steps=1)
+    data = Dataset.from_list(pairs)
+    for form in ("dense", "shared"):
+        trainer = TangentDPOTrainer(
+            model=build("llama"), args=args, train_dataset=data, processing_class=tokenizer, peft_config=config(form)
+        )
+        assert trainer.args.learning_rate is not None
+    assert args.learning_rate is None and args.axis is None
+
+
+def test_best_checkpoint_of_a_named_axis_is_loaded(
+    make_trainer: Callable[..., Any], pairs: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    trainer = make_trainer(
+        peft_config=TangentConfig(num_layers=2, r=4, task_type="CAUSAL_LM"),
+        axis="verb",
+        extra={"eval_dataset": Dataset.from_list(pairs)},
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        learning_rate=1e-2,
+        metric_for_best_model="eval_loss",
+        greater_is_better=True,  # the first step is the worst, so it is the "best"
+        load_best_model_at_end=True,
+    )
+    trainer.train()
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
+    from safetensors.torch import load_file
+
+    saved = load_file(tmp_path / "run" / "checkpoint-1" / "verb" / "adapter_model.safetensors")
+    for name, parameter in trainer.model.named_parameters():
+        if ".tangent_B." in name:
+            assert torch.equal(parameter, saved[name.replace(".verb.", ".")])
