@@ -37,11 +37,11 @@ def _parser() -> argparse.ArgumentParser:
         "--steps", type=_positive, default=16, help="optimizer steps per axis (default: %(default)s)"
     )
     quickstart.add_argument(
-        "--pairs", type=_positive, default=20, help="held-out pairs per axis (default: %(default)s)"
+        "--pairs", type=_positive, default=16, help="held-out pairs per axis (default: %(default)s)"
     )
     quickstart.add_argument("--prompts", type=_positive, default=6, help="held-out questions (default: %(default)s)")
     quickstart.add_argument(
-        "--tokens", type=_positive, default=64, help="length limit of an answer (default: %(default)s)"
+        "--tokens", type=_positive, default=48, help="length limit of an answer (default: %(default)s)"
     )
     quickstart.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     quickstart.set_defaults(run=_quickstart)

@@ -11,6 +11,7 @@ import json
 import multiprocessing
 import os
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
@@ -37,8 +38,8 @@ class QuickstartReport:
         options: the command's options and the training constants.
         training: last logged loss and reward margin by axis.
         accuracy: held-out preference accuracy by axis and model: base, linearized, merged.
-        sweep: one entry per λ_verb and evaluation: mean scores, answers, linearity gap.
-        kendall_tau: rank correlation of λ_verb and the mean length, by evaluation.
+        sweep: one entry per λ_verb and evaluation: mean scores, answers, margin of the longer answer, linearity gap.
+        kendall_tau: rank correlation of λ_verb with the margin and with the mean length, by evaluation.
         lora: mix, rank and relative error of the LoRA export.
         seconds: wall time by stage.
         peak_memory_gb: peak of the processes added up, an upper bound of what the job held at once.
@@ -48,7 +49,7 @@ class QuickstartReport:
     training: dict[str, dict[str, float]] = field(default_factory=dict)
     accuracy: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     sweep: list[dict[str, Any]] = field(default_factory=list)
-    kendall_tau: dict[str, float] = field(default_factory=dict)
+    kendall_tau: dict[str, dict[str, float]] = field(default_factory=dict)
     lora: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory_gb: float = 0.0
@@ -181,13 +182,21 @@ def _collect(report: QuickstartReport, evaluated: dict[str, Any]) -> None:
     gaps = evaluated["merged"]["gaps"]
     for name in ("linearized", "merged"):
         points = evaluated[name]["sweep"]
-        report.sweep += [{**point.to_dict(), "gap": gaps[point.weights["verb"]]} for point in points]
-        report.kendall_tau[name] = float(kendalltau(LAMBDAS, [point.scores["length"] for point in points]).statistic)
+        margins = evaluated[name]["margins"]
+        for point in points:
+            weight = point.weights["verb"]
+            report.sweep.append({**point.to_dict(), "margin": margins[weight], "gap": gaps[weight]})
+        scores = {"margin": list(margins.values()), "length": [point.scores["length"] for point in points]}
+        report.kendall_tau[name] = {key: float(kendalltau(LAMBDAS, s).statistic) for key, s in scores.items()}
 
 
 def _export(options: QuickstartOptions, report: QuickstartReport, console: Console) -> None:
     model, tokenizer = jobs.load_axes(options)
     model.export_merged(options.output / "merged", EXPORTED, tokenizer)
-    exported = model.export_lora(options.output / "lora", EXPORTED)
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # said in the line printed below
+        exported = model.export_lora(options.output / "lora", EXPORTED)
     report.lora = {"weights": EXPORTED, "rank": exported.rank, "relative_error": exported.relative_error}
-    console.print(f"exported {EXPORTED} as an ordinary model and as a LoRA of rank {exported.rank}")
+    console.print(
+        f"exported {EXPORTED} as an ordinary model and as a LoRA of rank {exported.rank}; the head is tied, so load "
+        "the LoRA as an adapter and take the ordinary model where merged weights are wanted"
+    )

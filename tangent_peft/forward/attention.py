@@ -1,62 +1,34 @@
-"""The derivative of attention, which PyTorch's fused kernels lack, behind transformers' `AttentionInterface`.
+"""The derivative of attention behind transformers' `AttentionInterface`; the user's implementation serves the primal.
 
-For one head, with S = s·QKᵀ + M, P = softmax(S), O = PV and tangents dQ, dK, dV:
-
-    dS = s·(dQ Kᵀ + Q dKᵀ)                       S is bilinear in Q, K
-    dO = (P∘dS) V − rowsum(P∘dS) ∘ O + P dV      the softmax Jacobian is P∘(· − rowsum(P∘·))
-
-dO is linear in (dQ, dK, dV), and its transpose is attention's ordinary backward at (Q, K, V):
-
-    Ḡ = P ∘ (G Vᵀ − rowsum(G∘O)),   dQ: s·Ḡ K,   dK: s·Ḡᵀ Q,   dV: Pᵀ G.
-
-A soft-cap S ↦ c·tanh(S/c) multiplies dS and Ḡ by 1 − tanh². An attention sink only adds a column to the softmax's
-denominator. Both directions run over chunks of queries, so that memory is O(chunk · keys) and nothing of size T·S is
-kept for the backward pass.
-
-While a linearized pass is open the model's attention is dispatched to `tangent_attention`: the primal goes to the
-implementation the user chose, the tangent to the rule above. Attention on inputs without tangents is the user's alone.
+PyTorch's fused attention kernels have no derivative. While a linearized pass is open the model's attention goes to
+`tangent_attention`: the primal to the implementation the user chose, the tangent to the rule in `rules.py`. Attention
+on inputs without tangents is the user's alone.
 
 Seam: `AttentionInterface` and `AttentionMaskInterface`. The name must not contain "sdpa", "flash" or "flex", on which
 transformers runs support checks. "eager" stays itself: its plain operations differentiate themselves.
-Letters: B batch, T queries, S keys, H heads, K key/value heads, G = H/K, E head size.
+Letters: B batch, T queries, S keys, H heads, K key/value heads, E head size.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tangent_peft.forward.level import LinearizedPass, current_pass, dual, split
+from tangent_peft.forward.rules import AttentionShape, AttentionTangent, tangent_by_chunks
 
 
 NAME = "tangent"
-CHUNK = 128  # queries per chunk; 128 was the fastest of 64, 128, 256 on CPU
-
-
-@dataclass(frozen=True)
-class AttentionShape:
-    """What besides Q, K, V determines the attention weights.
-
-    Attributes:
-        scale: s, the factor on QKᵀ.
-        causal: query t sees the keys up to t + offset.
-        offset: 0 (upper-left alignment, as in `scaled_dot_product_attention`) or S − T (lower-right, flash kernels).
-        window: number of most recent keys a query sees, itself included; only used with `causal`.
-        softcap: c, or `None`.
-    """
-
-    scale: float
-    causal: bool = False
-    offset: int = 0
-    window: int | None = None
-    softcap: float | None = None
+_PAGED = (
+    "Attention implementation {!r} with a paged cache (continuous batching, `generate_batch`): it updates the cache "
+    "itself and would lose the tangents. Use `model.generate`, or merge the mix first (`model.linearized(False)`)."
+)
+_PACKING = ("cu_seq_lens_q", "cu_seq_lens_k")  # where each sequence of a packed row begins, for flash kernels
 
 
 def derive_attention(opened: LinearizedPass) -> None:
@@ -66,6 +38,8 @@ def derive_attention(opened: LinearizedPass) -> None:
         chosen = config._attn_implementation
         if chosen in (None, "eager", NAME):
             continue
+        if chosen.startswith("paged|"):
+            raise NotImplementedError(_PAGED.format(chosen))
         opened.primal_attention[key] = chosen
         config._attn_implementation_internal = NAME
         opened.contexts.callback(_restore, config, chosen)
@@ -117,19 +91,21 @@ def tangent_attention(
         scaling: s; `None` is 1/√E.
         dropout: probability of dropping a weight; 0 where there is a tangent.
         **kwargs: what else the primal's implementation takes; read here: `is_causal`, `sliding_window`, `softcap`,
-            `s_aux`, `position_bias`.
+            `s_aux`, `position_bias`, `cache`, `cu_seq_lens_q`, `cu_seq_lens_k`, `position_ids`.
 
     Returns:
         The dual output (B, T, H, E), and the attention weights if the primal's implementation returns them.
 
     Raises:
-        NotImplementedError: for a mask or bias of a kind whose derivative is not implemented.
+        NotImplementedError: for a mask, bias or packing whose derivative is not implemented, and for a paged cache.
         ValueError: for attention dropout, which would have to be drawn twice.
     """
     chosen = _primal_implementation(module.config)
-    primal_attention = ALL_ATTENTION_FUNCTIONS[chosen]
     (q, dq), (k, dk), (v, dv) = split(query), split(key), split(value)
-    out, weights = primal_attention(module, q, k, v, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    if not (dq is None and dk is None and dv is None):
+        _check_kernel(chosen, q, attention_mask, kwargs)
+    options = {"scaling": scaling, "dropout": dropout, **kwargs}
+    out, weights = _primal_attention(chosen, module, q, k, v, attention_mask, options)
     if dq is None and dk is None and dv is None:
         return out, weights
     if dropout > 0:
@@ -138,9 +114,7 @@ def tangent_attention(
             "so value and derivative would disagree. Set `attention_dropout=0` in the config or call `model.eval()`."
         )
     mask = _allowed_keys(attention_mask, k)
-    shape = _shape_of(module, q, attention_mask, scaling, kwargs)
-    if "flash" in chosen:
-        shape = replace(shape, offset=k.shape[2] - q.shape[2])
+    shape = _shape_of(module, chosen, q, k, attention_mask, scaling, kwargs)
     sinks = kwargs.get("s_aux")
     dtype = _kernel_dtype(q)
     tangents = tuple(None if t is None else t.to(dtype) for t in (dq, dk, dv))
@@ -148,10 +122,22 @@ def tangent_attention(
     if torch.is_grad_enabled() and any(x.requires_grad for x in primals):
         # A weight below the tangent trains as well: its gradient passes through the primal, so autograd records all.
         with torch.autocast(q.device.type, enabled=False):
-            tangent = _tangent_by_chunks(primals, tangents, mask, sinks, shape)
+            tangent = tangent_by_chunks(primals, tangents, mask, sinks, shape)
     else:
         tangent = AttentionTangent.apply(*primals, *tangents, mask, sinks, shape)
     return dual(out, tangent.transpose(1, 2)), weights
+
+
+def _primal_attention(
+    chosen: str, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, options: dict[str, Any]
+) -> tuple[Tensor, Tensor | None]:
+    """The user's implementation, which finds its own name in the config: flash kernels look it up there."""
+    config: Any = module.config
+    config._attn_implementation_internal = chosen
+    try:
+        return ALL_ATTENTION_FUNCTIONS[chosen](module, q, k, v, mask, **options)
+    finally:
+        config._attn_implementation_internal = NAME
 
 
 def _kernel_dtype(q: Tensor) -> torch.dtype:
@@ -161,19 +147,55 @@ def _kernel_dtype(q: Tensor) -> torch.dtype:
 
 
 def _shape_of(
-    module: nn.Module, q: Tensor, mask: Tensor | None, scaling: float | None, kwargs: dict[str, Any]
+    module: nn.Module,
+    chosen: str,
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    kwargs: dict[str, Any],
 ) -> AttentionShape:
     if kwargs.get("position_bias") is not None:
         raise NotImplementedError(
             f"{type(module).__name__} adds a learned position bias to its attention, whose derivative is not "
             "implemented for fused kernels. Load the model with attn_implementation='eager'."
         )
+    flash = "flash" in chosen  # these align the last query with the last key, and slide a window at every length
     given = kwargs.get("is_causal")
     causal = _is_causal(module) if given is None else bool(given)
-    causal = causal and q.shape[2] > 1 and (mask is None or mask.ndim == 2)
-    scale = q.shape[-1] ** -0.5 if scaling is None else scaling
-    window = kwargs.get("sliding_window") if mask is None or mask.ndim == 2 else None
-    return AttentionShape(float(scale), causal, window=window, softcap=kwargs.get("softcap"))
+    window = kwargs.get("sliding_window")
+    if mask is not None and mask.ndim != 2:  # it says all
+        causal, window = False, None
+    if flash and not causal and window is not None and k.shape[2] > window:
+        raise NotImplementedError(
+            f"{type(module).__name__} attends in both directions within a sliding window of {window}, whose derivative "
+            "is not implemented for flash kernels. Load the model with attn_implementation='sdpa' (or 'eager')."
+        )
+    return AttentionShape(
+        scale=q.shape[-1] ** -0.5 if scaling is None else float(scaling),
+        causal=causal and (flash or q.shape[2] > 1),
+        offset=k.shape[2] - q.shape[2] if flash else 0,
+        window=window,
+        softcap=kwargs.get("softcap"),
+    )
+
+
+def _check_kernel(chosen: str, q: Tensor, mask: Any, kwargs: dict[str, Any]) -> None:
+    """Refuses what a kernel learns by another way than the mask."""
+    if kwargs.get("cache") is not None:
+        raise NotImplementedError(_PAGED.format(chosen))
+    if isinstance(mask, Tensor) and mask.ndim > 2:  # it says all
+        return
+    packed = any(kwargs.get(name) is not None for name in _PACKING)
+    positions = kwargs.get("position_ids")
+    if not packed and mask is None and chosen != "sdpa" and positions is not None and q.shape[0] == 1:
+        packed = bool((positions.diff(dim=-1) <= 0).any())  # what transformers' flash kernels take for packing
+    if packed:
+        raise NotImplementedError(
+            f"Attention implementation {chosen!r} got several sequences packed in a row, by `cu_seq_lens_q` or by "
+            "`position_ids` that start anew; the derivative does not tell them apart. Pad them instead "
+            "(`padding_free=False`), or load the model with attn_implementation='sdpa' (or 'eager')."
+        )
 
 
 def _is_causal(module: nn.Module) -> bool:
@@ -195,155 +217,6 @@ def _allowed_keys(mask: Any, k: Tensor) -> Tensor | None:
     if mask.ndim == 2:  # padding (B, S), as flash kernels take it
         return mask[:, None, None, : k.shape[2]].bool()
     return mask[..., : k.shape[2]]
-
-
-class AttentionTangent(torch.autograd.Function):
-    """dO of (dQ, dK, dV) at fixed (Q, K, V), with attention's own backward as its transpose."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, out: Tensor, *rest: Any) -> Tensor:
-        """Shapes as in `tangent_attention`, `out` and the result (B, H, T, E)."""
-        *tangents, mask, sinks, shape = rest
-        ctx.save_for_backward(q, k, v, out, mask, sinks)
-        ctx.shape = shape
-        with torch.autocast(q.device.type, enabled=False):
-            return _tangent_by_chunks((q, k, v, out), tuple(tangents), mask, sinks, shape)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Cotangents of dQ, dK, dV from `grad` (B, H, T, E)."""
-        q, k, v, out, mask, sinks = ctx.saved_tensors
-        shape = ctx.shape
-        grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for rows, keys in _chunks(q, k, shape):
-            weights, slope = _weights(q[:, :, rows], k[:, :, keys], mask, sinks, shape, rows, keys)
-            g = _group(grad[:, :, rows], k)
-            o = _group(out[:, :, rows], k)
-            centered = _per_query(g @ v[:, :, keys].mT, weights) - (g * o).sum(-1).view(*weights.shape[:-1], 1)
-            score_grad = _flat((weights * centered if slope is None else weights * centered * slope) * shape.scale)
-            grad_q[:, :, rows] = (score_grad @ k[:, :, keys]).view(q[:, :, rows].shape)
-            grad_k[:, :, keys] += score_grad.mT @ _group(q[:, :, rows], k)
-            grad_v[:, :, keys] += _flat(weights).mT @ g
-        needs = ctx.needs_input_grad[4:7]
-        grads = (g if need else None for g, need in zip((grad_q, grad_k, grad_v), needs, strict=True))
-        return (None, None, None, None, *grads, None, None, None)
-
-
-def _tangent_by_chunks(
-    primals: tuple[Tensor, ...],
-    tangents: tuple[Tensor | None, ...],
-    mask: Tensor | None,
-    sinks: Tensor | None,
-    shape: AttentionShape,
-) -> Tensor:
-    """dO (B, H, T, E) for primals (Q, K, V, O) and tangents (dQ, dK, dV); differentiable by plain autograd."""
-    q, k, v, out = primals
-    dq, dk, dv = tangents
-    chunks = []
-    for rows, keys in _chunks(q, k, shape):
-        weights, slope = _weights(q[:, :, rows], k[:, :, keys], mask, sinks, shape, rows, keys)
-        from_query = None if dq is None else _group(dq[:, :, rows], k) @ k[:, :, keys].mT
-        from_key = None if dk is None else _group(q[:, :, rows], k) @ dk[:, :, keys].mT
-        scores = _plus(from_query, from_key)
-        result = None
-        if scores is not None:
-            weighted = weights * _per_query(scores * shape.scale, weights)
-            weighted = weighted if slope is None else weighted * slope
-            row_sums = weighted.sum(-1, keepdim=True)
-            result = _flat(weighted) @ v[:, :, keys] - _flat(row_sums) * _group(out[:, :, rows], k)
-        result = _plus(result, None if dv is None else _flat(weights) @ dv[:, :, keys])
-        chunks.append(result.view(*q[:, :, rows].shape[:3], v.shape[-1]))
-    return torch.cat(chunks, dim=2)
-
-
-def _plus(left: Tensor | None, right: Tensor | None) -> Any:
-    return right if left is None else left if right is None else left + right
-
-
-def _chunks(q: Tensor, k: Tensor, shape: AttentionShape) -> list[tuple[slice, slice]]:
-    """Slices of queries with the slice of keys that any of them may see."""
-    queries, total = q.shape[2], k.shape[2]
-    result = []
-    for start in range(0, queries, CHUNK):
-        stop = min(start + CHUNK, queries)
-        last = min(stop + shape.offset, total) if shape.causal else total
-        first = max(0, start + shape.offset + 1 - shape.window) if shape.causal and shape.window else 0
-        result.append((slice(start, stop), slice(first, last)))
-    return result
-
-
-def _weights(
-    q: Tensor,
-    k: Tensor,
-    mask: Tensor | None,
-    sinks: Tensor | None,
-    shape: AttentionShape,
-    rows: slice,
-    keys: slice,
-) -> tuple[Tensor, Tensor | None]:
-    """P (B, K, G, t, s) of a chunk in q's dtype, and the soft-cap's slope of the same shape.
-
-    A query that may see no key at all has P = 0, as in `scaled_dot_product_attention`.
-    """
-    batch, heads, queries, _ = q.shape
-    groups = heads // k.shape[1]
-    scores = (_group(q, k) @ k.mT).view(batch, k.shape[1], groups, queries, k.shape[2])
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * shape.scale
-    slope = None
-    if shape.softcap is not None:
-        bounded = torch.tanh(scores / shape.softcap)
-        scores, slope = bounded * shape.softcap, (1 - bounded**2).to(q.dtype)
-    allowed = _allowed(mask, k, shape, rows, keys, heads)
-    if allowed is not None and allowed.dtype != torch.bool:
-        scores, allowed = scores + allowed, None
-    if allowed is not None:
-        scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
-    if sinks is not None:
-        column = sinks.view(1, k.shape[1], groups, 1, 1).expand(batch, -1, -1, queries, 1).to(scores.dtype)
-        weights = torch.softmax(torch.cat([scores, column], dim=-1), dim=-1)[..., :-1]
-    else:
-        weights = torch.softmax(scores, dim=-1)
-    if allowed is not None:
-        weights = weights * allowed
-    return weights.to(q.dtype), slope
-
-
-def _allowed(
-    mask: Tensor | None, k: Tensor, shape: AttentionShape, rows: slice, keys: slice, heads: int
-) -> Tensor | None:
-    """Which keys a chunk's queries may see, or the additive mask: broadcastable to (B, K, G, t, s)."""
-    allowed = None
-    if mask is not None:
-        allowed = mask[..., keys] if mask.shape[-2] == 1 else mask[..., rows, keys]
-        if allowed.shape[1] == heads:
-            allowed = allowed.view(allowed.shape[0], k.shape[1], -1, *allowed.shape[-2:])
-        else:
-            allowed = allowed.unsqueeze(2)
-    if shape.causal:
-        row = torch.arange(rows.start, rows.stop, device=k.device)[:, None] + shape.offset
-        column = torch.arange(keys.start, keys.stop, device=k.device)[None, :]
-        visible = column <= row
-        if shape.window is not None:
-            visible &= column > row - shape.window
-        allowed = visible if allowed is None else allowed & visible
-    return allowed
-
-
-def _group(x_BHTE: Tensor, k: Tensor) -> Tensor:
-    """(B, H, t, E) → (B, K, G·t, E): the queries that share a key head side by side, so no key is repeated."""
-    batch, _, _, size = x_BHTE.shape
-    return x_BHTE.reshape(batch, k.shape[1], -1, size)
-
-
-def _per_query(x: Tensor, weights: Tensor) -> Tensor:
-    """(B, K, G·t, s) → (B, K, G, t, s)."""
-    return x.view(weights.shape)
-
-
-def _flat(x: Tensor) -> Tensor:
-    """(B, K, G, t, s) → (B, K, G·t, s)."""
-    return x.flatten(2, 3)
 
 
 AttentionInterface.register(NAME, tangent_attention)

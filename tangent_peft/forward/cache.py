@@ -10,7 +10,8 @@ Every operation transformers performs on a cache between two steps (beam reorder
 static allocation) leaves that dimension alone, so all of them work unchanged, in any decoding loop.
 
 Cross-attention stores its keys once and afterwards reads them from the layer, past `update`; `reveal_cross_attention`
-shows them as dual tensors while a pass is open.
+shows them as dual tensors while a pass is open. Whatever a model keeps in a cache by a way of its own would still lose
+its tangents: `refuse_lost_tangents` looks for them before the pass closes.
 
 Seam: `transformers.cache_utils.Cache.update` and its linear-attention siblings, wrapped once at import.
 Letters: B batch, K key/value heads, S keys, E head size.
@@ -23,13 +24,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, EncoderDecoderCache, StaticLayer
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    EncoderDecoderCache,
+    LinearAttentionCacheLayerMixin,
+    StaticLayer,
+)
 
 from tangent_peft.forward.level import LinearizedPass, carries_tangent, current_pass, dual, split
 
 
 _STAMP = "tangent_mix"
 _PACKED = "tangent_packed"  # of a cache layer: whether what it stores is [primal ; tangent]
+_STATES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states")  # outputs the next step reads
 
 
 def pack(primal_BKSE: Tensor, tangent_BKSE: Tensor | None) -> Tensor:
@@ -102,6 +110,60 @@ def reveal_cross_attention(opened: LinearizedPass, cache: Any) -> None:
         if vars(layer)[_PACKED]:
             opened.contexts.callback(vars(layer).update, keys=layer.keys, values=layer.values)
             layer.keys, layer.values = unpack(layer.keys, False), unpack(layer.values, False)
+
+
+def refuse_lost_tangents(args: Any, kwargs: Any, output: Any) -> None:
+    """Refuses the result of a forward that left a tangent in a cache, where it ends with the pass.
+
+    Args:
+        args: positional arguments of the forward; a cache may be among them.
+        kwargs: keyword arguments of the forward.
+        output: what it returns, not yet joined.
+
+    Raises:
+        NotImplementedError: if a cache still carries a tangent.
+    """
+    for held in _caches(args, kwargs, output):
+        if _holds_tangent(held):
+            raise NotImplementedError(
+                f"{type(held).__name__} keeps states from one decoding step to the next that carry a tangent, which "
+                "ends with this forward: the next step would read the base model's states. Generate with "
+                "`use_cache=False`, or merge the mix first (`model.linearized(False)`)."
+            )
+
+
+def _caches(args: Any, kwargs: Any, output: Any) -> list[Any]:
+    returned = output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else ()
+    found = {id(value): value for value in (*args, *kwargs.values(), *returned) if _is_cache(value)}
+    if isinstance(output, dict):
+        found |= {id(output[name]): output[name] for name in _STATES if output.get(name) is not None}
+    return list(found.values())
+
+
+def _is_cache(value: Any) -> bool:
+    kind: Any = type(value)
+    return _is_cache_kind(kind)
+
+
+@functools.cache
+def _is_cache_kind(kind: type) -> bool:
+    """Whether `kind` is of a cache or one of its layers; a model's own kinds are only known by their name."""
+    known = (Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin)
+    return issubclass(kind, known) or kind.__name__.endswith(("Cache", "CacheLayer"))
+
+
+def _holds_tangent(held: Any) -> bool:
+    if isinstance(held, Tensor):
+        return carries_tangent(held)
+    if isinstance(held, (list, tuple)):
+        return any(map(_holds_tangent, held))
+    if isinstance(held, dict):
+        return any(map(_holds_tangent, held.values()))
+    if not _is_cache(held):
+        return False
+    state = vars(held)
+    packed = ("keys", "values") if _PACKED in state else ()  # `update` stored them, or they are only revealed
+    return any(_holds_tangent(value) for name, value in state.items() if name not in packed)
 
 
 def _wrap_update(original: Any) -> Any:

@@ -19,7 +19,7 @@ from typing import Any
 from torch import nn
 
 from tangent_peft.forward.attention import derive_attention
-from tangent_peft.forward.cache import reveal_cross_attention
+from tangent_peft.forward.cache import refuse_lost_tangents, reveal_cross_attention
 from tangent_peft.forward.exits import TangentExit, find_exit, find_head
 from tangent_peft.forward.level import (
     LinearizedPass,
@@ -30,6 +30,7 @@ from tangent_peft.forward.level import (
     join,
     map_tensors,
     open_pass,
+    refuse_compilation,
     split,
 )
 
@@ -99,12 +100,14 @@ class LinearizedForward:
         if running is not None and running.root is root:
             running.depth += 1  # the root calls itself: still the same pass
             return
-        self._guard(True)
         mix = self.mix()
         if mix is None:
+            self._guard(True)
             return
+        refuse_compilation(root)
         self._check(root)
         opened = open_pass(root, mix, caller=sys._getframe(1))
+        self._guard(True)  # not before: the pass of another thread that just ended took it away
         try:
             derive_attention(opened)
             reveal_cross_attention(opened, kwargs.get("past_key_values"))
@@ -139,7 +142,10 @@ class LinearizedForward:
             running.depth -= 1
             return None
         try:
-            return None if output is None else _leave_root(running, output)
+            if output is None:
+                return None
+            refuse_lost_tangents(args, kwargs, output)
+            return _leave_root(running, output)
         finally:
             self._guard(False)
             close_pass(running)
@@ -166,6 +172,7 @@ def _join_outputs(module: nn.Module, args: Any, output: Any) -> Any:
         return output
     if isinstance(output, dict) and "last_hidden_state" in output:
         running.hidden = split(output["last_hidden_state"])
+    refuse_lost_tangents((), {}, output)
     return map_tensors(output, join)
 
 

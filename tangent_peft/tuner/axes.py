@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from tangent_peft.tuner.config import TangentConfig
@@ -91,13 +91,53 @@ def refuse_saved_modules(tuner: TangentModel, weights: Mapping[str, float]) -> N
             )
 
 
+def check_saved_modules(tuner: TangentModel, weights: Mapping[str, float]) -> None:
+    """Refuses a λ that modules which an axis keeps (`modules_to_save`) can not follow: they are on or off.
+
+    Raises:
+        ValueError: for such an axis at a λ other than 1, or two that keep the same module.
+    """
+    for name, weight in weights.items():
+        extra = tuner.peft_config[name].modules_to_save
+        if extra and weight != 1.0:
+            raise ValueError(
+                f"Axis {name!r} keeps its own copy of the modules {extra}, which have no λ, so λ = {weight:g} would "
+                "mix its tangent with those modules in full. Give the axis λ = 1, leave it out of the mix to switch "
+                "it off, or train it without `modules_to_save`."
+            )
+    for module_name, module in tuner.model.named_modules():
+        keeping = [n for n in weights if isinstance(module, ModulesToSaveWrapper) and n in module.modules_to_save]
+        if len(keeping) > 1:
+            raise ValueError(
+                f"Axes {keeping} each keep a copy of the module {module_name!r}, of which only one can run. Put one "
+                "of them into the mix, or train them without `modules_to_save`."
+            )
+
+
 def activate(tuner: TangentModel, weights: Mapping[str, float]) -> None:
     """Makes `weights` the active mix; see `TangentModel.combine_axes`. The axes are frozen, as for inference."""
     checked = check_weights(tuner, weights)
     check_unmerged(tuner)
-    BaseTuner.set_adapter(tuner, list(checked), inference_mode=True)
+    check_saved_modules(tuner, checked)
+    set_active(tuner, list(checked), inference_mode=True)
+    set_scaling(tuner, checked)
+
+
+def set_active(tuner: TangentModel, names: str | list[str], inference_mode: bool = False) -> None:
+    """Activates adapters as PEFT does, and none of them for an empty list, which PEFT refuses to saved modules."""
+    if names:
+        BaseTuner.set_adapter(tuner, names, inference_mode=inference_mode)
+        return
+    for module in tuner.model.modules():
+        if isinstance(module, (TangentLayer, AuxiliaryTrainingWrapper)):
+            module.set_adapter([])
+    tuner.active_adapter = []
+
+
+def set_scaling(tuner: TangentModel, weights: Mapping[str, float]) -> None:
+    """λ as given; 1 for every other axis, so that no weight of an earlier mix comes back when PEFT activates it."""
     for layer in tangent_layers(tuner.model):
-        layer.tangent_scaling.update({name: w for name, w in checked.items() if name in layer.tangent_scaling})
+        layer.tangent_scaling.update({name: weights.get(name, 1.0) for name in layer.tangent_scaling})
 
 
 def active_weights(tuner: TangentModel) -> dict[str, float]:
@@ -114,10 +154,11 @@ def active_weights(tuner: TangentModel) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """λ of every adapter at every layer, and which parameters train."""
+    """λ of every adapter at every layer, which parameters train, and which axes will once they are enabled again."""
 
     scaling: list[tuple[TangentLayer, dict[str, float]]]
     trainable: list[tuple[nn.Parameter, bool]]
+    suspended: list[tuple[TangentLayer, frozenset[str]]]
 
 
 def snapshot(model: nn.Module) -> Snapshot:
@@ -126,6 +167,7 @@ def snapshot(model: nn.Module) -> Snapshot:
     return Snapshot(
         [(layer, dict(layer.tangent_scaling)) for layer in tangent_layers(model)],
         [(parameter, parameter.requires_grad) for holder in holders for parameter in holder.parameters()],
+        [(layer, layer.tangent_suspended) for layer in tangent_layers(model)],
     )
 
 
@@ -135,18 +177,59 @@ def restore_scaling(before: Snapshot) -> None:
         layer.tangent_scaling.update({n: scale for n, scale in scaling.items() if n in layer.tangent_scaling})
 
 
+def restore_training(before: Snapshot) -> None:
+    """Lets the parameters of the snapshot train, or not, as they did then."""
+    for parameter, trains in before.trainable:
+        parameter.requires_grad_(trains)
+    for layer, suspended in before.suspended:
+        layer.tangent_suspended = suspended
+
+
 @contextmanager
 def preserved(tuner: TangentModel) -> Iterator[None]:
-    """Restores the active axes, their λ and what trains at the end of the block."""
+    """Restores the active axes, their λ and what trains at the end of the block.
+
+    If the axes that were active have been deleted inside, what is active instead stays; never the base alone.
+    """
     check_unmerged(tuner)  # PEFT would unmerge on its way back
-    before, active = snapshot(tuner.model), tuner.active_adapter
+    before, active = snapshot(tuner.model), list(tuner.active_adapters)
     try:
         yield
     finally:
-        BaseTuner.set_adapter(tuner, active)
+        left = [name for name in active if name in tuner.peft_config]
+        if active and not left:
+            left = list(tuner.active_adapters) or list(tuner.peft_config)[:1]
+        set_active(tuner, left)
         restore_scaling(before)
-        for parameter, trains in before.trainable:
-            parameter.requires_grad_(trains)
+        restore_training(before)
+
+
+def delete(tuner: TangentModel, adapter_name: str) -> None:
+    """Deletes an axis; see `TangentModel.delete_adapter`."""
+    if adapter_name not in tuner.peft_config:
+        raise ValueError(
+            f"Unknown axis {adapter_name!r}; this model has {sorted(tuner.peft_config)}. Name one of them to delete."
+        )
+    active = list(tuner.active_adapters)
+    if adapter_name not in active and len(active) <= 1:
+        BaseTuner.delete_adapter(tuner, adapter_name)  # leaves the active axis alone
+        return
+    check_unmerged(tuner)
+    before = snapshot(tuner.model)
+    rest = [name for name in active if name != adapter_name]
+    trained = trained_axes(tuner)
+    if rest:
+        set_active(tuner, [])  # PEFT deletes saved modules only where at most one axis is active
+    BaseTuner.delete_adapter(tuner, adapter_name)
+    set_active(tuner, rest or list(tuner.active_adapters), inference_mode=adapter_name not in trained)
+    restore_scaling(before)
+    if rest:
+        restore_training(before)
+
+
+def trained_axes(tuner: TangentModel) -> set[str]:
+    """The axes of which a tangent trains, or will once the adapters are enabled again."""
+    return {name for layer in tangent_layers(tuner.model) for name in layer.trained_adapters()}
 
 
 # ---- storing a mix ---------------------------------------------------------------------------------------------------

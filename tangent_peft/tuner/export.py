@@ -7,6 +7,7 @@ linearity gap (`tangent_peft.diagnose.linearity_gap`).
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +77,12 @@ def export_merged(
         merged = type(base)(config)
     merged.load_state_dict(state, assign=True, strict=False)
     merged.tie_weights()
+    empty = [name for name, parameter in merged.named_parameters() if parameter.is_meta]
+    if empty:
+        raise ValueError(
+            f"{len(empty)} weights of {type(base).__name__} have no value to export, for example {empty[0]!r}: the "
+            "base is wrapped in a way that `export_merged` does not know. Use `model.merge_and_unload()` and save that."
+        )
     merged.generation_config = base.generation_config
     merged.save_pretrained(path)
     if tokenizer is not None:
@@ -92,9 +99,9 @@ def _chosen(tuner: TangentModel, weights: Mapping[str, float] | None) -> dict[st
 def _merged_state(tuner: TangentModel, weights: Mapping[str, float]) -> dict[str, Tensor]:
     """The base model's state dict at θ(λ), under its original names; untouched tensors are shared, not copied."""
     state = {
-        name.replace(".base_layer", ""): value
+        name.replace(".base_layer", "").replace(".original_module", ""): value
         for name, value in tuner.model.state_dict(keep_vars=True).items()
-        if f".{PREFIX}" not in name
+        if f".{PREFIX}" not in name and ".modules_to_save." not in name
     }
     for layer in tangent_layers(tuner.model):
         present = {name: scale for name, scale in weights.items() if name in layer.tangent_r and scale != 0.0}
@@ -117,6 +124,9 @@ def export_lora(tuner: TangentModel, path: Path, weights: Mapping[str, float] | 
         rank: rank of the LoRA. `None`: the rank of the mix, exact, for low-rank axes; 16 for dense ones. A smaller rank
             is the best approximation, by SVD.
 
+    On a head that is tied to the input embedding the LoRA is right as an adapter, but stock PEFT's `merge_and_unload`
+    adds it to the embedding as well; a warning says so, and `export_merged` has no such limit.
+
     Returns:
         The rank and the relative error of the LoRA.
 
@@ -133,6 +143,7 @@ def export_lora(tuner: TangentModel, path: Path, weights: Mapping[str, float] | 
             raise ValueError("The mix to export is empty; name at least one axis in `weights`.")
         pairs = {name: lora_factors(factors, rank) for name, factors in mixed.items()}
         error = _relative_error(mixed, pairs)
+    _warn_of_tied_head(tuner, pairs)
     ranks = {name: a.shape[0] for name, (_, a) in pairs.items()}
     r = max(ranks.values())
     source = tuner.peft_config[next(iter(chosen))]
@@ -156,6 +167,17 @@ def export_lora(tuner: TangentModel, path: Path, weights: Mapping[str, float] | 
     return LoraExport(path, r, error)
 
 
+def _warn_of_tied_head(tuner: TangentModel, exported: Mapping[str, object]) -> None:
+    for layer in tangent_layers(tuner.model):
+        if layer.tangent_tied and layer.layer_name in exported:
+            warnings.warn(
+                f"The head {layer.layer_name!r} is tied to the input embedding: run this LoRA as an adapter. Merging "
+                "it with stock PEFT (`merge_and_unload`) would change the embedding as well; to get merged weights, "
+                "use `export_merged`.",
+                stacklevel=4,
+            )
+
+
 def lora_factors(factors: TangentFactors, rank: int | None) -> tuple[Tensor, Tensor]:
     """(B, A) with B·A = ΔW (out, in), of at most `rank` columns; the best approximation where ΔW has a higher rank."""
     if factors.a is not None and factors.b is not None:
@@ -163,22 +185,29 @@ def lora_factors(factors: TangentFactors, rank: int | None) -> tuple[Tensor, Ten
         if rank is None or rank >= own:
             return factors.b, factors.a
         # ΔW = B·A with A = L·Q, so the singular values of B·L are those of ΔW.
-        q, triangle = torch.linalg.qr(factors.a.mT)
-        u, s, vh = torch.linalg.svd(factors.b @ triangle.mT, full_matrices=False)
+        q, triangle = torch.linalg.qr(_at_least_single(factors.a).mT)
+        u, s, vh = torch.linalg.svd(_at_least_single(factors.b) @ triangle.mT, full_matrices=False)
         return u[:, :rank] * s[:rank], vh[:rank] @ q.mT
     assert factors.dense is not None
     kept = min(16 if rank is None else rank, *factors.dense.shape)
-    u, s, vh = torch.linalg.svd(factors.dense, full_matrices=False)
+    u, s, vh = torch.linalg.svd(_at_least_single(factors.dense), full_matrices=False)
     return u[:, :kept] * s[:kept], vh[:kept]
+
+
+def _at_least_single(value: Tensor) -> Tensor:
+    """In float32, where it is of half precision: torch decomposes no such matrices."""
+    return value.to(torch.promote_types(value.dtype, torch.float32))
 
 
 def _relative_error(mixed: Mapping[str, TangentFactors], pairs: Mapping[str, tuple[Tensor, Tensor]]) -> float:
     missed = total = 0.0
     for name, factors in mixed.items():
         if factors.a is not None and factors.b is not None and pairs[name][1] is factors.a:
-            total += float((factors.b @ factors.a).square().sum())
+            total += float(_at_least_single(factors.b @ factors.a).square().sum())
             continue
-        delta = factors.dense if factors.dense is not None else factors.b @ factors.a  # type: ignore[operator]
+        delta = _at_least_single(
+            factors.dense if factors.dense is not None else factors.b @ factors.a  # type: ignore[operator]
+        )
         b, a = pairs[name]
         missed += float((delta - b @ a).square().sum())
         total += float(delta.square().sum())

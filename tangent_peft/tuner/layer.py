@@ -93,6 +93,7 @@ class TangentLayer(TangentCarrier, BaseTunerLayer):
         self.tangent_tied = False  # the weight is shared with the input embedding
         self.tangent_merged: dict[str, float] = {}
         self._tied_weight: nn.Parameter | None = None
+        self.tangent_suspended: frozenset[str] = frozenset()  # the adapters that train again once enabled
         self._disable_adapters = False
         self.merged_adapters = []
         self.cast_input_dtype_enabled = True
@@ -136,6 +137,30 @@ class TangentLayer(TangentCarrier, BaseTunerLayer):
         for holder in (self.tangent_delta, self.tangent_B):
             if adapter_name in holder and not leaf_weight(holder, adapter_name).is_meta:
                 nn.init.normal_(leaf_weight(holder, adapter_name), std=0.02)
+
+    def trained_adapters(self) -> frozenset[str]:
+        """The adapters that train at this layer, or will once it is enabled again."""
+        if self.disable_adapters:
+            return self.tangent_suspended
+        holders = (self.tangent_delta, self.tangent_A, self.tangent_B)
+        return frozenset(n for holder in holders for n in holder if leaf_weight(holder, n).requires_grad)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Activates adapters; those of a disabled layer train, or not, once it is enabled."""
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self.tangent_suspended = frozenset() if inference_mode else frozenset(self.active_adapters)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switches the adapters on or off; once on again, those train that did before."""
+        if enabled != self.disable_adapters:
+            return
+        if enabled:
+            self._disable_adapters = False
+            self.set_requires_grad(sorted(self.tangent_suspended))
+        else:
+            suspended = self.trained_adapters()
+            super().enable_adapters(False)
+            self.tangent_suspended = suspended
 
     def carried_axes(self) -> dict[str, float]:
         """The active axes of this layer and their λ; those at λ = 0 contribute nothing and are left out."""

@@ -6,6 +6,7 @@ It inherits every ordinary verb from PEFT's `BaseTuner` and adds λ (`combine_ax
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from typing import Any
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.other import get_pattern_key
+from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -25,7 +26,7 @@ from tangent_peft.tuner.config import TangentConfig
 from tangent_peft.tuner.fingerprint import check_fingerprint, fingerprint
 from tangent_peft.tuner.layer import TangentLayer, wrap_layer
 from tangent_peft.tuner.registration import PREFIX
-from tangent_peft.tuner.state import check_state_dict
+from tangent_peft.tuner.state import AxisConfigs, check_state_dict
 from tangent_peft.tuner.targets import (
     ALL_LINEAR,
     check_targets,
@@ -95,7 +96,10 @@ class TangentModel(BaseTuner):
         Raises:
             ValueError: if the adapter was trained on another base model, or nothing can carry its tangent.
         """
-        config = self.peft_config[adapter_name]
+        if not isinstance(self.peft_config, AxisConfigs):
+            self.peft_config = AxisConfigs(self.peft_config)
+        # A copy, which takes what is found out about this base: one config may be given to several models.
+        config = self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
         check_fingerprint(config.base_fingerprint, model, adapter_name)
         before, forced = axes.snapshot(model), self._forced()
         super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -134,10 +138,39 @@ class TangentModel(BaseTuner):
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Activates adapters at λ = 1 each; several add up."""
-        super().set_adapter(adapter_name, inference_mode=inference_mode)
-        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
-        for layer in axes.tangent_layers(self.model):
-            layer.tangent_scaling.update({name: 1.0 for name in names if name in layer.tangent_scaling})
+        axes.set_active(self, adapter_name, inference_mode=inference_mode)
+        axes.set_scaling(self, {})
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Deletes an axis; the rest of the active mix stays as it was.
+
+        If none is left, PEFT activates another axis: at λ = 1, and frozen if the deleted one was.
+
+        Raises:
+            ValueError: for an unknown axis, or a merged model.
+        """
+        axes.delete(self, adapter_name)
+
+    def disable_adapter_layers(self) -> None:
+        """Switches all axes off; what is merged leaves the weights with the next forward, for good."""
+        merged = sorted({name for layer in axes.tangent_layers(self.model) for name in layer.merged_adapters})
+        if merged:
+            warnings.warn(
+                f"Axes {merged} are merged into the base weights and are being disabled: the next forward takes them "
+                "out of the weights, and they stay out. Once enabled, the model runs linearized instead of at the "
+                "merged weights; call `model.merge_adapter()` again to get those.",
+                stacklevel=3,
+            )
+        super().disable_adapter_layers()
+
+    def enable_adapter_layers(self) -> None:
+        """Switches the axes on again; those train that did before."""
+        super().enable_adapter_layers()
+        trained = axes.trained_axes(self)
+        for module in self.model.modules():
+            if isinstance(module, ModulesToSaveWrapper):
+                for name, saved in module.modules_to_save.items():
+                    saved.requires_grad_(name in trained)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -1,10 +1,32 @@
-"""Checks a saved axis against the model before its weights are copied: nothing missing, nothing of another shape."""
+"""The axes' configurations by name, and the check of a saved axis before its weights are copied into the model."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
+from tangent_peft.tuner.config import TangentConfig
 from tangent_peft.tuner.registration import PREFIX
+
+
+class AxisConfigs(dict[str, TangentConfig]):
+    """Configurations by axis name; final.
+
+    `PeftModel` looks up the one active name that it remembers on every call, and does not learn that this axis was
+    deleted while several others, or none, are active. Such a name still finds a configuration: that of an axis left.
+    """
+
+    def __init__(self, configs: dict[str, TangentConfig]) -> None:
+        super().__init__(configs)
+        self.deleted: set[str] = set()
+
+    def __delitem__(self, name: str) -> None:
+        super().__delitem__(name)
+        self.deleted.add(name)
+
+    def __missing__(self, name: str) -> TangentConfig:
+        if name in self.deleted and self:
+            return next(iter(self.values()))
+        raise KeyError(name)
 
 
 def check_state_dict(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> None:

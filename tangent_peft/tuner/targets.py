@@ -20,12 +20,32 @@ ALL_LINEAR = "all-linear"
 def find_blocks(model: nn.Module, layers_pattern: list[str] | str | None = None) -> tuple[str, int] | None:
     """Name and length of the model's list of blocks; `None` if it has none.
 
-    That is the outermost `nn.ModuleList` with linear layers in it: the longest, and of equally long ones the last (the
-    decoder of an encoder-decoder). `layers_pattern` names it where that is the wrong one.
+    That is the outermost `nn.ModuleList` with linear layers in it: the longest, and of equally long ones the last. The
+    text decoder is searched first, the whole model if that has none: the blocks are then those of the language model,
+    however many a vision tower has. `layers_pattern` names the list where that is the wrong one.
     """
+    decoder = _text_decoder(model)
+    inside = None if decoder is None else _longest_list(model, decoder + ".", layers_pattern)
+    return _longest_list(model, "", layers_pattern) if inside is None else inside
+
+
+def _text_decoder(model: nn.Module) -> str | None:
+    """Full name of a transformers model's text decoder; `None` where it is the model itself or not known."""
+    if not isinstance(model, PreTrainedModel):
+        return None
+    try:
+        decoder = model.get_decoder()
+    except (AttributeError, NotImplementedError, TypeError, ValueError):  # bespoke models have a look-up of their own
+        return None
+    return next((name for name, module in model.named_modules() if name and module is decoder), None)
+
+
+def _longest_list(model: nn.Module, prefix: str, layers_pattern: list[str] | str | None) -> tuple[str, int] | None:
     patterns = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
     found: list[tuple[str, int]] = []
     for name, module in model.named_modules():
+        if not name.startswith(prefix):
+            continue
         if not isinstance(module, nn.ModuleList) or any(name.startswith(outer + ".") for outer, _ in found):
             continue
         if patterns and name.rpartition(".")[2] not in patterns:

@@ -23,10 +23,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tangent_peft.forward import attention as rule
-from tangent_peft.forward import split
-from tangent_peft.forward.attention import AttentionShape, AttentionTangent, tangent_attention
+from tangent_peft.forward import attention as dispatch
+from tangent_peft.forward import rules
+from tangent_peft.forward.attention import NAME, tangent_attention
 from tangent_peft.forward.level import close_pass, dual, open_pass
+from tangent_peft.forward.rules import AttentionShape, AttentionTangent
 
 
 BATCH, HEADS, QUERIES, SIZE = 2, 4, 7, 5
@@ -135,7 +136,7 @@ SUBSETS = [which for which in itertools.product([True, False], repeat=3) if any(
 @pytest.mark.parametrize("name", CASES)
 def test_derivative_and_transpose(name: str, recorded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES[name]
-    monkeypatch.setattr(rule, "CHUNK", case.chunk)
+    monkeypatch.setattr(rules, "CHUNK", case.chunk)
     kv = (BATCH, HEADS // case.groups, case.keys, SIZE)
     q, k, v = random(BATCH, HEADS, case.queries, SIZE), random(*kv), random(*kv)
     mask, sinks = make_mask(case), random(HEADS) if case.sinks else None
@@ -150,7 +151,7 @@ def test_derivative_and_transpose(name: str, recorded: bool, monkeypatch: pytest
         full = [torch.zeros_like(x) if t is None else t.detach() for t, x in zip(tangents, (q, k, v), strict=True)]
         out, expected = jvp(run, (q, k, v), tuple(full))
         if recorded:
-            found = rule._tangent_by_chunks((q, k, v, out), tuple(tangents), mask, sinks, shape)
+            found = rules.tangent_by_chunks((q, k, v, out), tuple(tangents), mask, sinks, shape)
         else:
             found = AttentionTangent.apply(q, k, v, out, *tangents, mask, sinks, shape)
         assert_equal(found, expected)
@@ -244,13 +245,69 @@ def test_flash_kernels(window: int | None, monkeypatch: pytest.MonkeyPatch) -> N
         return run(q, k, v).transpose(1, 2), None
 
     expected = jvp(run, tuple(primals), tuple(tangents))[1].transpose(1, 2)
-    monkeypatch.setattr(rule, "ALL_ATTENTION_FUNCTIONS", {"my_flash": flash})
+    monkeypatch.setattr(dispatch, "ALL_ATTENTION_FUNCTIONS", {"my_flash": flash})
     with attention_module("my_flash") as module:
         duals = [dual(x, t) for x, t in zip(primals, tangents, strict=True)]
         found, _ = tangent_attention(module, *duals, mask[:, 0, 0].long(), scaling=SCALE, sliding_window=window)
         tangent = split(found)[1]
     assert tangent is not None
     assert_equal(tangent, expected)
+
+
+def test_a_flash_kernel_slides_its_window_for_a_single_query(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(queries=1, keys=9, causal=True, offset=8, window=3)
+    primals, tangents = dual_qkv(1, 9)
+    bias, seen = bias_of(case, None)
+
+    def run(*qkv: Tensor) -> Tensor:
+        return reference(case, *qkv, bias, seen, None)
+
+    def flash(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return run(q, k, v).transpose(1, 2), None
+
+    expected = jvp(run, tuple(primals), tuple(tangents))[1].transpose(1, 2)
+    monkeypatch.setattr(dispatch, "ALL_ATTENTION_FUNCTIONS", {"my_flash": flash})
+    with attention_module("my_flash") as module:
+        duals = [dual(x, t) for x, t in zip(primals, tangents, strict=True)]
+        tangent = split(tangent_attention(module, *duals, None, scaling=SCALE, sliding_window=3)[0])[1]
+        with pytest.raises(NotImplementedError, match="both directions within a sliding window of 3"):
+            tangent_attention(module, *duals, None, is_causal=False, sliding_window=3)
+    assert tangent is not None
+    assert_equal(tangent, expected)
+
+
+POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
+BOUNDARIES = torch.tensor([0, 3, 7])
+
+
+@pytest.mark.parametrize(
+    ("chosen", "hints", "refused"),
+    [
+        ("my_flash", {"position_ids": POSITIONS}, True),
+        ("my_kernel", {"position_ids": POSITIONS}, True),
+        ("sdpa", {"position_ids": POSITIONS}, False),  # this kernel does not read them
+        ("my_flash", {"position_ids": torch.arange(QUERIES)[None]}, False),
+        ("my_flash", {"cu_seq_lens_q": BOUNDARIES, "cu_seq_lens_k": BOUNDARIES}, True),
+        ("sdpa", {"cache": object()}, True),
+    ],
+)
+def test_packed_rows_and_paged_caches_are_refused(
+    chosen: str, hints: dict[str, Any], refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kernel(module: nn.Module, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return query.transpose(1, 2), None
+
+    monkeypatch.setattr(dispatch, "ALL_ATTENTION_FUNCTIONS", {chosen: kernel})
+    primals, tangents = dual_qkv()
+    with attention_module(chosen) as module:
+        duals = [dual(x[:1], t[:1]) for x, t in zip(primals, tangents, strict=True)]
+        if refused:
+            with pytest.raises(NotImplementedError, match=r"padding_free=False|generate_batch"):
+                tangent_attention(module, *duals, None, **hints)
+        else:
+            tangent_attention(module, *duals, None, **hints)
+        plain = [x[:1] for x in primals]  # without a tangent it is the kernel's affair
+        assert torch.equal(tangent_attention(module, *plain, None, **hints)[0], plain[0].transpose(1, 2))
 
 
 def test_the_primal_is_bit_for_bit_the_kernels(module: nn.Module) -> None:
@@ -276,7 +333,7 @@ def test_what_is_not_implemented_raises(module: nn.Module, monkeypatch: pytest.M
     with pytest.raises(ValueError, match=r"dropout 0\.1.*attention_dropout=0"):
         tangent_attention(module, *duals, None, dropout=0.1)
     accepts_all = {"sdpa": lambda module, q, *_, **__: (q.transpose(1, 2), None)}
-    monkeypatch.setattr(rule, "ALL_ATTENTION_FUNCTIONS", accepts_all)
+    monkeypatch.setattr(dispatch, "ALL_ATTENTION_FUNCTIONS", accepts_all)
     with pytest.raises(NotImplementedError, match=r"SimpleNamespace.*attn_implementation='sdpa'"):
         tangent_attention(module, *duals, SimpleNamespace())
     with pytest.raises(NotImplementedError, match=r"position bias.*eager"):
@@ -319,7 +376,7 @@ def test_the_config_is_restored(chosen: str) -> None:
     inside = []
     base.model.layers[0].register_forward_hook(lambda *_: inside.append(implementation(model)))
     model(**batch())
-    assert inside == ["eager" if chosen == "eager" else rule.NAME]
+    assert inside == ["eager" if chosen == "eager" else NAME]
     assert implementation(model) == chosen
 
     def fail(*_: Any) -> None:
@@ -335,10 +392,20 @@ def test_the_config_is_restored(chosen: str) -> None:
 
 def test_outside_of_a_pass_it_refuses() -> None:
     base = build("llama")
-    base.config._attn_implementation_internal = rule.NAME
-    assert rule.NAME in ALL_ATTENTION_FUNCTIONS
+    base.config._attn_implementation_internal = NAME
+    assert NAME in ALL_ATTENTION_FUNCTIONS
     with pytest.raises(RuntimeError, match="set_attn_implementation"):
         base(**batch())
+
+
+def test_paged_attention_is_refused() -> None:
+    model = tangent_model("llama")
+    expected = model(**batch()).logits
+    model.get_base_model().config._attn_implementation_internal = "paged|eager"
+    with pytest.raises(NotImplementedError, match=r"paged\|eager.*generate_batch"):
+        model(**batch())
+    model.get_base_model().set_attn_implementation("sdpa")
+    assert torch.equal(model(**batch()).logits, expected)
 
 
 def test_attention_dropout_in_training() -> None:

@@ -198,6 +198,43 @@ def test_recurrent_caches_raise(name: str) -> None:
         assert not torch.equal(model(input_ids=IDS, use_cache=True).logits, uncached)
 
 
+class WithStates(DynamicCache):
+    """Keeps states by a way of its own, as MiniMax's cache does."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.own_states: list[Any] = []
+
+
+@pytest.mark.parametrize("where", ["cache", "layer", "legacy"])
+def test_states_kept_by_another_way_are_refused(where: str) -> None:
+    model = tangent_model("llama", "dense")
+    base = model.get_base_model()
+    cache = WithStates(config=base.config)
+    expected = prefill(model, new_cache(model, "dynamic"))
+
+    def keep(module: torch.nn.Module, args: Any, output: Tensor) -> None:
+        if where == "cache":
+            cache.own_states.append([[], output])
+        else:
+            vars(cache.layers[2])["own_state"] = {0: output}
+
+    def legacy(module: torch.nn.Module, args: Any, output: Any) -> None:
+        output["past_key_values"] = ((output.last_hidden_state,),)
+
+    handle = base.model.register_forward_hook(legacy, prepend=True)
+    if where != "legacy":
+        handle.remove()
+        handle = base.model.layers[2].register_forward_hook(keep)
+    name = "tuple" if where == "legacy" else "WithStates"
+    with pytest.raises(NotImplementedError, match=f"{name} keeps states.*use_cache=False"):
+        prefill(model, cache)
+    with model.disable_adapter():
+        prefill(model, WithStates(config=base.config) if where == "cache" else new_cache(model, "dynamic"))
+    handle.remove()
+    assert_equal(prefill(model, WithStates(config=base.config)), expected)
+
+
 def test_a_second_axis_on_other_layers() -> None:
     """The mix of the whole model decides, not that of a layer."""
     model = tangent_model("llama", "dense")

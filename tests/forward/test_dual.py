@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers import LlamaForSequenceClassification
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 
 from tangent_peft import TangentConfig
-from tangent_peft.forward import LinearizedForward, current_pass, split
+from tangent_peft.forward import LinearizedForward, current_pass, level, split
 
 
 INPUTS = batch("right")
@@ -124,19 +125,113 @@ def test_an_interrupted_model_does_not_disturb_another() -> None:
     assert broken.get_base_model().config._attn_implementation == "sdpa"
 
 
-def test_a_pass_of_another_thread_is_not_taken_for_an_interrupted_one() -> None:
+def test_an_interrupt_leaves_the_modes_of_autograd_alone() -> None:
+    model = tangent_model()
+    expected = logits(model, **INPUTS)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = model.get_base_model().model.norm.register_forward_hook(interrupt)
+    with torch.inference_mode(), pytest.raises(KeyboardInterrupt):
+        model(**INPUTS)
+    handle.remove()
+    assert model(**INPUTS).logits.requires_grad
+    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    works(model, expected)
+
+
+def test_a_forward_that_waits_for_another_threads_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(level, "TURN_TIMEOUT_S", 0.2)
     outer, inner = tangent_model("llama"), tangent_model("gpt2")
     expected, found = logits(outer, **INPUTS), []
 
     def meanwhile(*_: Any) -> None:
-        with ThreadPoolExecutor(1) as pool:
+        with ThreadPoolExecutor(1, "other") as pool:
             found.append(pool.submit(inner, **INPUTS).exception())
 
     handle = outer.get_base_model().model.layers[1].register_forward_hook(meanwhile)
     assert torch.equal(logits(outer, **INPUTS), expected)
-    assert isinstance(found[0], RuntimeError) and "is running and calls" in str(found[0])
+    assert isinstance(found[0], RuntimeError)
+    assert "'other_0' calls the linearized GPT2LMHeadModel while thread 'MainThread'" in str(found[0])
     handle.remove()
     works(outer, expected)
+
+
+def test_threads_take_turns() -> None:
+    first, second = tangent_model("llama"), tangent_model("gpt2")
+    expected = {model: logits(model, **INPUTS) for model in (first, second)}
+    with ThreadPoolExecutor(3) as pool:
+        calls = [(model, pool.submit(logits, model, **INPUTS)) for model in (first, first, second) * 6]
+    assert all(torch.equal(call.result(), expected[model]) for model, call in calls)
+    works(first, expected[first])
+
+
+def test_a_thread_without_tangents_does_not_wait() -> None:
+    """Nor does it see the pass: its key/value cache stays an ordinary one."""
+    model, base, found = tangent_model("llama"), build("gpt2"), []
+    expected, plain = logits(model, **INPUTS), logits(base, **INPUTS)
+
+    def meanwhile(*_: Any) -> None:
+        with ThreadPoolExecutor(1) as pool:
+            found.append(pool.submit(base, **INPUTS, use_cache=True).result())
+
+    handle = model.get_base_model().model.layers[1].register_forward_hook(meanwhile)
+    assert torch.equal(logits(model, **INPUTS), expected)
+    handle.remove()
+    assert torch.equal(found[0].logits, plain)
+    assert "tangent_mix" not in vars(found[0].past_key_values)
+
+
+def test_a_waiting_thread_closes_an_interrupted_pass() -> None:
+    broken, model = tangent_model("llama"), tangent_model("gpt2")
+    expected = logits(model, **INPUTS)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    broken.get_base_model().model.norm.register_forward_hook(interrupt)
+    with torch.inference_mode(), pytest.raises(KeyboardInterrupt):
+        broken(**INPUTS)
+    with ThreadPoolExecutor(1) as pool:
+        assert torch.equal(pool.submit(logits, model, **INPUTS).result(), expected)
+    assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
+# ---- compiled code -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("_fresh_dynamo")
+def test_compiled_layers_run_as_they_are_written() -> None:
+    model = tangent_model()
+    expected = logits(model, **INPUTS)
+    for layer in model.get_base_model().model.layers:
+        layer.compile(backend="eager")
+    works(model, expected)
+    with model.disable_adapter():
+        assert_equal(logits(model, **INPUTS), logits(build("llama"), **INPUTS))
+
+
+@pytest.mark.usefixtures("_fresh_dynamo")
+@pytest.mark.parametrize("what", ["model", "call"])
+def test_a_compiled_root_is_refused(what: str) -> None:
+    model = tangent_model()
+    expected = logits(model, **INPUTS)
+    base = model.get_base_model()
+    compiled: Any = torch.compile(model if what == "model" else base.__call__, backend="eager")
+    with torch.no_grad():
+        with model.disable_adapter():  # the compiled base must not serve the axis later
+            assert_equal(compiled(**INPUTS).logits, logits(build("llama"), **INPUTS))
+        with pytest.raises(RuntimeError, match=r"LlamaForCausalLM.*torch\.compile.*disable_compile"):
+            compiled(**INPUTS)
+    works(model, expected)
 
 
 def test_bad_arguments_leave_no_level_open() -> None:
@@ -237,11 +332,14 @@ def test_classification_equals_the_expansion() -> None:
     ).eval()
     model.double()
     gaps = []
-    for scale in (1e-2, 5e-3):
-        with model.base_model.axes(default=scale):
-            linear = logits(model, **INPUTS)
-            with model.base_model.linearized(False):
-                gaps.append(float((logits(model, **INPUTS) - linear).norm()))
+    for factor in (1e-2, 0.5):  # of τ itself: the trained score has no λ
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "tangent_" in name:
+                    parameter.mul_(factor)
+        linear = logits(model, **INPUTS)
+        with model.base_model.linearized(False):
+            gaps.append(float((logits(model, **INPUTS) - linear).norm()))
     assert gaps[0] / gaps[1] == pytest.approx(4.0, rel=0.1)
 
 

@@ -15,7 +15,9 @@ from torch import Tensor
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
+    CompileConfig,
     DynamicCache,
+    GenerationConfig,
     MistralConfig,
     MistralForCausalLM,
     PreTrainedTokenizerFast,
@@ -109,6 +111,27 @@ def test_static_cache_after_another_mix() -> None:
         with model.axes(default=weight):
             expected = generate(model, use_cache=False, do_sample=False)
             assert_same(generate(model, do_sample=False, cache_implementation="static"), expected)
+
+
+def test_compiled_decoding_is_refused() -> None:
+    """As transformers compiles a static cache's steps on a GPU by itself."""
+    model = tangent_model("llama", "shared")
+    options = CompileConfig(backend="eager", fullgraph=False, mode=None)
+    options._compile_all_devices = True
+    static: Any = {"do_sample": False, "cache_implementation": "static", "compile_config": options}
+    expected = generate(model, use_cache=False, do_sample=False)
+    with pytest.raises(RuntimeError, match="disable_compile=True"):
+        generate(model, **static)
+    assert_same(generate(model, disable_compile=True, **static), expected)
+
+
+def test_continuous_batching_is_refused() -> None:
+    model = tangent_model("llama", "shared")
+    expected = generate(model, use_cache=False, do_sample=False)
+    settings = GenerationConfig(max_new_tokens=2, do_sample=False, eos_token_id=2, pad_token_id=0)
+    results = model.get_base_model().generate_batch(inputs=[[5, 6, 7, 8]], generation_config=settings)
+    assert not any(result.generated_tokens for result in results.values())
+    assert_same(generate(model, do_sample=False), expected)
 
 
 def mistral(window: int) -> PeftModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -295,6 +296,147 @@ def test_additive_axes() -> None:
         assert torch.equal(logits(model, **INPUTS), found)
     with model.linearized(True):
         assert not torch.equal(logits(model, **INPUTS), found)
+
+
+# ---- deleting ----------------------------------------------------------------------------------------------
+
+
+def three_axes() -> PeftModel:
+    model = two_axes()
+    model.add_adapter("third", config("trained"))
+    return model
+
+
+def test_no_weight_of_an_earlier_mix_comes_back() -> None:
+    model = two_axes()
+    model.combine_axes({"help": 0.2})
+    model.combine_axes({"verb": 1.0})
+    with pytest.warns(UserWarning, match="Setting active adapter to help"):
+        model.delete_adapter("verb")
+    assert model.axis_weights == {"help": 1.0}
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert torch.equal(logits(model, **INPUTS), logits(two_axes(), **INPUTS))
+
+
+@pytest.mark.filterwarnings("ignore:The head is tied", "ignore:Adapter verb was active")
+@pytest.mark.parametrize("activate", ["combine_axes", "set_adapter"])
+def test_merging_or_activating_an_axis_of_an_earlier_mix(activate: str) -> None:
+    model = two_axes()
+    model.combine_axes({"help": 0.2, "verb": -0.5})
+    if activate == "combine_axes":
+        model.combine_axes({"help": 1.0})
+    else:
+        model.set_adapter("help")
+    model.merge_adapter(["verb"])
+    assert all(layer.tangent_merged == {"verb": 1.0} for layer in tangent_layers(model))
+    model.unmerge_adapter()
+    model.set_adapter("verb")
+    model.delete_adapter("verb")
+    assert model.axis_weights == {"help": 1.0}
+    assert any(parameter.requires_grad for parameter in model.parameters())  # as the deleted one
+
+
+@pytest.mark.parametrize("keeps_modules", [False, True])
+@pytest.mark.parametrize("gone", ["help", "verb", "third"])
+def test_deleting_leaves_the_rest_of_the_mix(gone: str, keeps_modules: bool) -> None:
+    model = two_axes()
+    model.add_adapter("third", config("trained", modules_to_save=["model.norm"] if keeps_modules else None))
+    mix = {"help": 0.3, "verb": -0.5, "third": 1.0}
+    rest = {name: weight for name, weight in mix.items() if name != gone}
+    with model.axes(rest):
+        expected = logits(model, **INPUTS)
+    model.combine_axes(mix)
+    model.delete_adapter(gone)
+    assert model.axis_weights == rest
+    assert torch.equal(logits(model, **INPUTS), expected)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_deleting_the_axis_that_peft_remembers() -> None:
+    """`PeftModel` goes on asking for its configuration while several others are active."""
+    model = three_axes()
+    model.combine_axes({"verb": 1.0, "third": 0.5})
+    expected = logits(model, **INPUTS)
+    model.delete_adapter("help")
+    assert model.axis_weights == {"verb": 1.0, "third": 0.5}
+    assert torch.equal(logits(model, **INPUTS), expected)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, **INPUTS), logits(build("llama"), **INPUTS))
+    assert torch.equal(logits(copy.deepcopy(model), **INPUTS), expected)
+    assert "help" not in model.peft_config
+    with pytest.raises(KeyError, match="nobody"):
+        model.peft_config["nobody"]
+    model.add_adapter("help", config("dense"))
+    assert model.peft_config["help"].r is None
+
+
+@pytest.mark.parametrize("inside", [{"verb": 1.0}, {}])
+def test_deleting_the_active_axis_inside_a_scope(inside: dict[str, float]) -> None:
+    model = two_axes()
+    with model.axes(inside):
+        model.delete_adapter("help")
+    assert model.axis_weights == {"verb": 1.0}
+    assert not torch.equal(logits(model, **INPUTS), logits(build("llama"), **INPUTS))
+
+
+def test_deleting_the_last_axis_and_an_unknown_one() -> None:
+    model = two_axes()
+    with pytest.raises(ValueError, match=r"Unknown axis 'nobody'.*help"):
+        model.base_model.delete_adapter("nobody")
+    model.combine_axes({"help": 0.5, "verb": 0.5})
+    model.delete_adapter("help")
+    model.delete_adapter("verb")
+    assert model.axis_weights == {} and not model.peft_config
+
+
+# ---- modules of its own ------------------------------------------------------------------------------------
+
+
+def keeping_axes() -> PeftModel:
+    """Axis `help` with a norm of its own, twice the base's, and `verb` without."""
+    model = tangent_model("llama", "shared", axis="help", modules_to_save=["model.norm"])
+    model.add_adapter("verb", config("dense"))
+    with torch.no_grad():
+        model.get_base_model().model.norm.modules_to_save["help"].weight.mul_(2.0)
+    return model
+
+
+def test_the_empty_mix_switches_saved_modules_off() -> None:
+    model, expected = keeping_axes(), logits(build("llama"), **INPUTS)
+    before, active = state(model), logits(model, **INPUTS)
+    with model.axes({}):
+        assert torch.equal(logits(model, **INPUTS), expected)
+    assert state(model) == before and torch.equal(logits(model, **INPUTS), active)
+    model.combine_axes({})
+    assert model.axis_weights == {} and torch.equal(logits(model, **INPUTS), expected)
+    with model.axes(help=1.0, verb=0.0):
+        assert torch.equal(logits(model, **INPUTS), active)
+    with model.axes(verb=0.5):
+        found = logits(model, **INPUTS)
+    assert not torch.equal(found, expected)
+    assert torch.equal(logits(model, **INPUTS), expected)
+
+
+def test_adding_an_axis_while_saved_modules_are_off() -> None:
+    model, expected = keeping_axes(), logits(build("llama"), **INPUTS)
+    model.combine_axes({})
+    model.add_adapter("third", config("dense"))
+    model.add_adapter("fourth", config("dense", modules_to_save=["model.norm"]))
+    assert model.axis_weights == {} and torch.equal(logits(model, **INPUTS), expected)
+    model.delete_adapter("help")
+    assert model.axis_weights == {} and torch.equal(logits(model, **INPUTS), expected)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5, -1.0])
+def test_saved_modules_have_no_weight(weight: float) -> None:
+    model = keeping_axes()
+    before = state(model)
+    with pytest.raises(ValueError, match=rf"'help'.*\['model.norm'\].*λ = {weight:g} .*leave it out"):
+        model.combine_axes({"help": weight})
+    model.add_adapter("third", config("dense", modules_to_save=["model.norm"]))
+    with pytest.raises(ValueError, match=r"\['help', 'third'\].*'model.norm'.*only one"):
+        model.combine_axes({"help": 1.0, "third": 1.0})
+    assert state(model)[0] == before[0]
 
 
 # ---- errors ------------------------------------------------------------------------------------------------

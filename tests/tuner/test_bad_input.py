@@ -119,6 +119,10 @@ def load_in_transformers(path: Path) -> Any:
     return build("llama").load_adapter(str(path), adapter_name="loaded")
 
 
+def load_trainable(path: Path) -> Any:
+    return PeftModel.from_pretrained(build("llama"), path, is_trainable=True)
+
+
 LOADERS = [load_new, load_beside, load_in_transformers]
 
 
@@ -187,7 +191,7 @@ def other_seed() -> Any:
     return MODELS["llama"]()
 
 
-@pytest.mark.parametrize("load", LOADERS)
+@pytest.mark.parametrize("load", [*LOADERS, load_trainable])
 @pytest.mark.parametrize("make", [finetuned, other_seed, lambda: make_llama(layers=4)])
 def test_another_base(load: Any, make: Any, tmp_path: Path) -> None:
     saved_for(tmp_path, make)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from tangent_peft import TangentConfig
 
 
+pytestmark = pytest.mark.filterwarnings("ignore:The head '.*' is tied to the input embedding")
 INPUTS = batch("left")
 WEIGHTS = {"help": 0.7, "verb": -1.3}
 
@@ -98,6 +100,20 @@ def test_merged_keeps_the_dtype_and_the_generation_config(tmp_path: Path) -> Non
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert loaded.dtype == torch.bfloat16 and loaded.generation_config.max_new_tokens == 17
     assert_equal(logits(loaded, **INPUTS), at_weights(model, {"default": 1.0}))
+
+
+def test_merged_beside_an_axis_that_keeps_modules(tmp_path: Path) -> None:
+    model = two_axes()
+    model.add_adapter("third", config("shared", modules_to_save=["model.norm", "embed_tokens"]))
+    expected = at_weights(model, WEIGHTS)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".modules_to_save." in name:
+                parameter.mul_(2.0)
+    model.export_merged(tmp_path, WEIGHTS)
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert_equal(logits(loaded.eval(), **INPUTS), expected)
 
 
 # ---- as a LoRA ---------------------------------------------------------------------------------------------
@@ -186,6 +202,27 @@ def test_lora_on_the_tied_head(tmp_path: Path) -> None:
     assert all(".lora_" in key for key in state)
     loaded = PeftModel.from_pretrained(build("llama"), tmp_path)
     assert torch.equal(loaded.get_input_embeddings().weight, build("llama").get_input_embeddings().weight)
+
+
+def test_lora_on_the_tied_head_warns(tmp_path: Path) -> None:
+    """PEFT's `merge_and_unload` of it changes the embedding, too."""
+    with pytest.warns(UserWarning, match=r"'lm_head' is tied to the input embedding.*export_merged"):
+        tangent_model("llama", "shared", axis="help").export_lora(tmp_path / "tied")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        tangent_model("llama", "shared", axis="help", lm_head=False).export_lora(tmp_path / "blocks")
+        tangent_model("untied", "shared", axis="help").export_lora(tmp_path / "untied")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_lora_of_a_half_precision_axis(form: str, tmp_path: Path) -> None:
+    """torch decomposes no half-precision matrices."""
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tangent_model("untied", form, axis="help").to(dtype)
+        found.append(model.export_lora(tmp_path, rank=2))
+    assert found[1].rank == 2
+    assert found[1].relative_error == pytest.approx(found[0].relative_error, rel=0.05)
 
 
 def test_lora_of_an_axis_at_zero(tmp_path: Path) -> None:

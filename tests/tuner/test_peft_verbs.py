@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from cases import FORMS, config, logits, tangent_layers, tangent_model
-from conftest import batch, build
+from conftest import MODELS, batch, build
 from peft import (
     AutoPeftModelForCausalLM,
     LoraConfig,
@@ -27,10 +27,18 @@ from peft import (
 from safetensors.torch import load_file
 from tolerances import TOLERANCE, assert_equal, relative_error
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+)
 
 from tangent_peft import TangentConfig
 from tangent_peft.forward import LinearizedForward
+from tangent_peft.tuner.targets import find_blocks
 
 
 INPUTS = batch("left")
@@ -138,6 +146,46 @@ def test_modules_to_save(tmp_path: Path) -> None:
     assert torch.equal(logits(loaded, **INPUTS), expected)
     with loaded.disable_adapter():
         assert torch.equal(logits(loaded, **INPUTS), logits(build("llama"), **INPUTS))
+
+
+def training(model: PeftModel) -> set[str]:
+    return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize("options", [{}, {"modules_to_save": ["model.norm"]}])
+def test_disabling_leaves_what_trains(options: dict[str, Any]) -> None:
+    model = tangent_model("llama", "trained", **options)
+    model.add_adapter("other", config("shared"))
+    before = training(model)
+    with model.disable_adapter():
+        assert not training(model)
+        with model.disable_adapter():
+            pass
+        assert not training(model)
+    assert training(model) == before != set()
+    model.combine_axes({"default": 1.0})
+    with model.disable_adapter(), model.axes({"other": 0.5}):
+        pass
+    assert not training(model)
+    model.set_adapter("default")
+    with model.disable_adapter():
+        model.combine_axes({"other": 0.5})
+    assert not training(model)
+    with model.disable_adapter():
+        model.set_adapter("default")
+    assert training(model) == before
+
+
+def test_one_configuration_for_two_bases() -> None:
+    """What is found out about a base is not written into the caller's object."""
+    shared = config("shared")
+    first = get_peft_model(build("llama"), shared)
+    torch.manual_seed(5)
+    second = get_peft_model(MODELS["llama"](), shared)
+    get_peft_model(build("gpt2"), shared)
+    assert shared.base_fingerprint is None and shared.target_modules is None
+    fingerprints = [model.peft_config["default"].base_fingerprint for model in (first, second)]
+    assert None not in fingerprints and len(set(fingerprints)) == 2
 
 
 def test_a_lora_can_not_be_mixed_in() -> None:
@@ -404,8 +452,12 @@ def test_disabling_a_merged_adapter_unmerges_it() -> None:
     model = tangent_model("llama", "dense")
     base = logits(build("llama"), **INPUTS)
     model.merge_adapter()
-    with model.disable_adapter():
+    with pytest.warns(UserWarning, match=r"\['default'\] are merged.*stay out.*merge_adapter"), model.disable_adapter():
         assert_equal(logits(model, **INPUTS), base)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        with model.disable_adapter():
+            assert_equal(logits(model, **INPUTS), base)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -452,6 +504,17 @@ def test_the_last_blocks_and_the_head() -> None:
     assert wrapped("gpt2", num_layers=1, lm_head=False) == {
         f"transformer.h.2.{n}" for n in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     }
+
+
+def test_the_text_decoder_of_a_vision_model() -> None:
+    """Not its vision tower, though that has more blocks."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    text = LlamaConfig(vocab_size=300, num_hidden_layers=2, num_key_value_heads=2, **sizes)
+    vision = CLIPVisionConfig(num_hidden_layers=4, image_size=8, patch_size=4, **sizes)
+    base = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=299))
+    assert find_blocks(base) == ("model.language_model.layers", 2)
+    names = {layer.layer_name for layer in tangent_layers(get_peft_model(base, TangentConfig(r=2, num_layers=1)))}
+    assert len(names) == 7 + 1 and all(n == "lm_head" or n.startswith("model.language_model.layers.1.") for n in names)
 
 
 def test_selecting_modules() -> None:
