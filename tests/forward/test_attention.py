@@ -24,7 +24,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tangent_peft.forward import attention as dispatch
-from tangent_peft.forward import rules
+from tangent_peft.forward import rules, split
 from tangent_peft.forward.attention import NAME, tangent_attention
 from tangent_peft.forward.level import close_pass, dual, open_pass
 from tangent_peft.forward.rules import AttentionShape, AttentionTangent
