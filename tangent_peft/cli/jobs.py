@@ -21,11 +21,10 @@ from tangent_peft.cli.smollm2 import Axis, load_smollm2, quickstart_pairs
 
 
 AXES: tuple[Axis, ...] = ("help", "verb")
-LAMBDAS = (-2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
+LAMBDAS = (-2.0, -1.5, -1.25, -1.0, -0.75, 0.0, 1.0, 2.0)
 RANK = 16
 LEARNING_RATE = 1.5e-3
 BETA = 0.1
-MARGIN_PAIRS = 6  # held-out pairs on which the sweep measures the preference for the longer answer
 PAIRS_PER_STEP = 4
 SCORED_PAIRS = 2  # per forward; logits of the whole vocabulary are held for their answers
 
@@ -181,15 +180,14 @@ def evaluate_axes(evaluation: str, options: QuickstartOptions, report: Report) -
 
     Returns:
         `logps`: log-probs and lengths of the held-out pairs by axis, those of the base as `"base"`; `sweep`: a point
-        per λ_verb; `margins` and, merged, `gaps`: mean margin and linearity gap by λ_verb; the peak memory.
+        per λ_verb; `gaps`: the linearity gap by λ_verb; the peak memory of the process.
     """
     model, tokenizer = load_axes(options)
     merged = evaluation == "merged"
     batches = math.ceil(options.pairs / SCORED_PAIRS)
-    total = len(LAMBDAS) * (3 if merged else 2) + len(AXES) * batches * (2 if merged else 1)
+    total = len(LAMBDAS) * (2 if merged else 1) + len(AXES) * batches * (2 if merged else 1)
     step = Counter(f"evaluate {evaluation}", total, report)
     result: dict[str, Any] = {"logps": _logps(model, tokenizer, evaluation, options, step)}
-    result["margins"] = _margins(model, tokenizer, evaluation, step)
     result["sweep"] = _sweep(model, tokenizer, evaluation, options, step)
     if merged:
         result["gaps"] = _gaps(model, tokenizer, options, step)
@@ -214,24 +212,6 @@ def _logps(
             with model.axes(mix), model.linearized(evaluation == "linearized"):
                 found[axis][name] = pair_logps(model, tokenizer, pairs, SCORED_PAIRS, step)
     return found
-
-
-def _margins(
-    model: Any, tokenizer: PreTrainedTokenizerBase, evaluation: str, step: Callable[[], None]
-) -> dict[float, float]:
-    """Mean of log π(longer) − log π(shorter) over held-out `verb` pairs, in nats, by λ_verb.
-
-    A length limit does not cut this score off, as it does the length of an answer.
-    """
-    from tangent_peft.evaluate.preferences import pair_logps
-
-    margins = {}
-    for weight in LAMBDAS:
-        with model.axes(verb=weight), model.linearized(evaluation == "linearized"):
-            logps, _ = pair_logps(model, tokenizer, quickstart_pairs("verb", "heldout")[:MARGIN_PAIRS], SCORED_PAIRS)
-        margins[weight] = float((logps[:, 0] - logps[:, 1]).mean())
-        step()
-    return margins
 
 
 def _sweep(

@@ -38,8 +38,8 @@ class QuickstartReport:
         options: the command's options and the training constants.
         training: last logged loss and reward margin by axis.
         accuracy: held-out preference accuracy by axis and model: base, linearized, merged.
-        sweep: one entry per λ_verb and evaluation: mean scores, answers, margin of the longer answer, linearity gap.
-        kendall_tau: rank correlation of λ_verb with the margin and with the mean length, by evaluation.
+        sweep: one entry per λ_verb and evaluation: mean scores, answers, linearity gap.
+        kendall_tau: rank correlation (τ-b) of λ_verb and the mean length, by evaluation.
         lora: mix, rank and relative error of the LoRA export.
         seconds: wall time by stage.
         peak_memory_gb: peak of the processes added up, an upper bound of what the job held at once.
@@ -49,7 +49,7 @@ class QuickstartReport:
     training: dict[str, dict[str, float]] = field(default_factory=dict)
     accuracy: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     sweep: list[dict[str, Any]] = field(default_factory=list)
-    kendall_tau: dict[str, dict[str, float]] = field(default_factory=dict)
+    kendall_tau: dict[str, float] = field(default_factory=dict)
     lora: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory_gb: float = 0.0
@@ -182,12 +182,8 @@ def _collect(report: QuickstartReport, evaluated: dict[str, Any]) -> None:
     gaps = evaluated["merged"]["gaps"]
     for name in ("linearized", "merged"):
         points = evaluated[name]["sweep"]
-        margins = evaluated[name]["margins"]
-        for point in points:
-            weight = point.weights["verb"]
-            report.sweep.append({**point.to_dict(), "margin": margins[weight], "gap": gaps[weight]})
-        scores = {"margin": list(margins.values()), "length": [point.scores["length"] for point in points]}
-        report.kendall_tau[name] = {key: float(kendalltau(LAMBDAS, s).statistic) for key, s in scores.items()}
+        report.sweep += [{**point.to_dict(), "gap": gaps[point.weights["verb"]]} for point in points]
+        report.kendall_tau[name] = float(kendalltau(LAMBDAS, [point.scores["length"] for point in points]).statistic)
 
 
 def _export(options: QuickstartOptions, report: QuickstartReport, console: Console) -> None:

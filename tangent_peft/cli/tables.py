@@ -36,22 +36,19 @@ def print_sweep(console: Console, report: QuickstartReport, question: str) -> No
     for weight in weights:
         for evaluation in ("linearized", "merged"):
             answer = " ".join(points[weight, evaluation]["answers"][0].split())
-            console.print(f"λ_verb {weight:+.1f} {evaluation:>10}: {answer}", markup=False, highlight=False)
-    table = Table(title="\nMeans over held-out questions and pairs: linearized | merged")
-    headings = ("λ_verb", "verb: log π(long) − log π(short)", "verb: answer tokens", "help: coverage", "linearity gap")
+            console.print(f"λ_verb {weight:+.2f} {evaluation:>10}: {answer}", markup=False, highlight=False)
+    table = Table(title="\nMeans over the held-out questions: linearized | merged")
+    headings = ("λ_verb", "verb: answer tokens", "help: coverage", "linearity gap")
     for heading in headings:
         table.add_column(heading, justify="right")
     for weight in weights:
         pair = [points[weight, evaluation] for evaluation in ("linearized", "merged")]
-        margins = " | ".join(f"{entry['margin']:6.1f}" for entry in pair)
         lengths = " | ".join(f"{entry['scores']['length']:4.1f}" for entry in pair)
         coverage = " | ".join(f"{entry['scores']['coverage']:.2f}" for entry in pair)
-        table.add_row(f"{weight:+.1f}", margins, lengths, coverage, f"{pair[0]['gap']:.2f}")
+        table.add_row(f"{weight:+.2f}", lengths, coverage, f"{pair[0]['gap']:.2f}")
     console.print(table)
     for evaluation, tau in report.kendall_tau.items():
-        console.print(
-            f"Kendall τ with λ_verb, {evaluation}: margin {tau['margin']:+.2f}, answer length {tau['length']:+.2f}"
-        )
+        console.print(f"Kendall τ of λ_verb and answer length, {evaluation}: {tau:+.2f}")
 
 
 def draw(report: QuickstartReport, path: Path) -> None:
