@@ -59,23 +59,26 @@ class Progress:
     total: int
 
 
-Report = Callable[[Progress], None]
+_messages: Any = None  # the queue to the parent process, where there is one
 
 
 class Counter:
-    """Counts the steps of a job and reports each."""
+    """Counts the steps of a job and tells the parent process of each."""
 
-    def __init__(self, job: str, total: int, report: Report) -> None:
-        self.job, self.done, self.total, self.report = job, 0, total, report
+    def __init__(self, job: str, total: int) -> None:
+        self.job, self.done, self.total = job, 0, total
 
     def __call__(self) -> None:
         """Counts one step."""
         self.done += 1
-        self.report(Progress(self.job, self.done, self.total))
+        if _messages is not None:
+            _messages.put(Progress(self.job, self.done, self.total))
 
 
-def prepare_worker(threads: int) -> None:
-    """Sets up a process for one job at a time on `threads` cores."""
+def prepare_worker(threads: int, messages: Any = None) -> None:
+    """Sets up a process for one job at a time on `threads` cores, which puts its progress on the queue `messages`."""
+    global _messages
+    _messages = messages
     torch.set_num_threads(threads)
     warnings.filterwarnings("ignore", category=FutureWarning)  # the host libraries' own deprecations
     transformers_logging.set_verbosity_error()
@@ -105,7 +108,7 @@ class _StepCallback(TrainerCallback):
         self.counter()
 
 
-def train_axis(axis: Axis, options: QuickstartOptions, report: Report) -> dict[str, float]:
+def train_axis(axis: Axis, options: QuickstartOptions) -> dict[str, float]:
     """Trains one axis by TS-DPO and saves it to `output/axes/<axis>`.
 
     Returns:
@@ -145,7 +148,7 @@ def train_axis(axis: Axis, options: QuickstartOptions, report: Report) -> dict[s
         args=args,
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
-        callbacks=[_StepCallback(Counter(f"train {axis}", options.steps, report))],
+        callbacks=[_StepCallback(Counter(f"train {axis}", options.steps))],
     )
     trainer.pop_callback(_printer())
     trainer.train()
@@ -175,7 +178,7 @@ def load_axes(options: QuickstartOptions) -> tuple[Any, PreTrainedTokenizerBase]
     return model.eval(), tokenizer
 
 
-def evaluate_axes(evaluation: str, options: QuickstartOptions, report: Report) -> dict[str, Any]:
+def evaluate_axes(evaluation: str, options: QuickstartOptions) -> dict[str, Any]:
     """Everything that is measured in one evaluation; `"merged"` also scores the base and measures the linearity gap.
 
     Returns:
@@ -186,7 +189,7 @@ def evaluate_axes(evaluation: str, options: QuickstartOptions, report: Report) -
     merged = evaluation == "merged"
     batches = math.ceil(options.pairs / SCORED_PAIRS)
     total = len(LAMBDAS) * (2 if merged else 1) + len(AXES) * batches * (2 if merged else 1)
-    step = Counter(f"evaluate {evaluation}", total, report)
+    step = Counter(f"evaluate {evaluation}", total)
     result: dict[str, Any] = {"logps": _logps(model, tokenizer, evaluation, options, step)}
     result["sweep"] = _sweep(model, tokenizer, evaluation, options, step)
     if merged:

@@ -42,7 +42,7 @@ class QuickstartReport:
         kendall_tau: rank correlation (τ-b) of λ_verb and the mean length, by evaluation.
         lora: mix, rank and relative error of the LoRA export.
         seconds: wall time by stage.
-        peak_memory_gb: peak of the processes added up, an upper bound of what the job held at once.
+        peak_memory_gb: peaks of the processes that ran at the same time, added up; what they share counts twice.
     """
 
     options: dict[str, Any]
@@ -80,6 +80,8 @@ def run_quickstart(options: QuickstartOptions, console: Console | None = None) -
     load_smollm2()
     report.seconds["load"] = time.perf_counter() - begun
     trained, evaluated = _run_jobs(options, console, report)
+    stages = [sum(result["peak_memory_gb"] for result in stage.values()) for stage in (trained, evaluated)]
+    at_work = max(stages) + jobs.peak_memory_gb()
     report.training = {axis: trained[axis] for axis in AXES}
     _collect(report, evaluated)
     tables.print_accuracy(console, report)
@@ -88,9 +90,7 @@ def run_quickstart(options: QuickstartOptions, console: Console | None = None) -
     begun = time.perf_counter()
     _export(options, report, console)
     report.seconds["export"] = time.perf_counter() - begun
-    pairs = zip(trained.values(), evaluated.values(), strict=True)
-    workers = [max(one["peak_memory_gb"] for one in pair) for pair in pairs]
-    report.peak_memory_gb = sum(workers) + jobs.peak_memory_gb()
+    report.peak_memory_gb = max(at_work, jobs.peak_memory_gb())
     report.seconds = {stage: round(seconds, 1) for stage, seconds in report.seconds.items()}
     (options.output / "results.json").write_text(json.dumps(asdict(report), indent=1), encoding="utf-8")
     total = sum(report.seconds.values())
@@ -132,16 +132,16 @@ def _run_jobs(
     """Both axes are trained, then both evaluations run, each pair side by side; results by axis and by evaluation."""
     context = multiprocessing.get_context("spawn")
     threads = max(1, (os.cpu_count() or 1) // WORKERS)
+    queue: Any = context.Queue()
+    initial: Any = (threads, queue)
     with (
-        context.Manager() as manager,
-        ProcessPoolExecutor(WORKERS, context, jobs.prepare_worker, (threads,)) as pool,
+        ProcessPoolExecutor(WORKERS, context, jobs.prepare_worker, initial) as pool,
         ProgressBars(console=console) as bars,
     ):
-        queue = manager.Queue()
 
         def side_by_side(stage: str, job: Callable[..., Any], names: Iterable[str]) -> dict[str, Any]:
             begun = time.perf_counter()
-            futures = {name: pool.submit(job, name, options, queue.put) for name in names}
+            futures = {name: pool.submit(job, name, options) for name in names}
             _show(futures.values(), queue, bars)
             report.seconds[stage] = time.perf_counter() - begun
             return {name: future.result() for name, future in futures.items()}

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-CHUNK_ELEMENTS = 2**23  # logits held at a time: 32 MiB in float32, a few times over
+CHUNK_ELEMENTS = 2**22  # logits held at a time: 16 MiB in float32, a few times over
 
 
 @dataclass(frozen=True)
