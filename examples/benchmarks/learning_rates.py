@@ -4,7 +4,7 @@ Trains one axis of SmolLM2-135M-Instruct on the packaged pairs for a few steps a
 pairs, how often the chosen answer gained more than the rejected one, linearized and merged, and the linearity gap.
 
 Run as: python examples/benchmarks/learning_rates.py
-Prints one JSON line per run and one that names the best rate of each form. About a minute and a half per run on one core.
+Prints one JSON line per run and one that names the best rate of each form; about a minute and a half per run on a core.
 """
 
 from __future__ import annotations
