@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -23,36 +23,12 @@ from rich.progress import Progress as ProgressBars
 
 from tangent_peft.cli import jobs
 from tangent_peft.cli.jobs import AXES, LAMBDAS, Progress, QuickstartOptions
+from tangent_peft.cli.report import QuickstartReport
 from tangent_peft.cli.smollm2 import load_smollm2
 
 
 EXPORTED = {"help": 1.0, "verb": -0.5}
 WORKERS = 2
-
-
-@dataclass
-class QuickstartReport:
-    """Everything `results.json` holds.
-
-    Attributes:
-        options: the command's options and the training constants.
-        training: last logged loss and reward margin by axis.
-        accuracy: held-out preference accuracy by axis and model: base, linearized, merged.
-        sweep: one entry per λ_verb and evaluation: mean scores, answers, linearity gap.
-        kendall_tau: rank correlation (τ-b) of λ_verb and the mean length, by evaluation.
-        lora: mix, rank and relative error of the LoRA export.
-        seconds: wall time by stage.
-        peak_memory_gb: peaks of the processes that ran at the same time, added up; what they share counts twice.
-    """
-
-    options: dict[str, Any]
-    training: dict[str, dict[str, float]] = field(default_factory=dict)
-    accuracy: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
-    sweep: list[dict[str, Any]] = field(default_factory=list)
-    kendall_tau: dict[str, float] = field(default_factory=dict)
-    lora: dict[str, Any] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-    peak_memory_gb: float = 0.0
 
 
 def run_quickstart(options: QuickstartOptions, console: Console | None = None) -> QuickstartReport:

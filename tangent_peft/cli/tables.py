@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
+from tangent_peft.cli.report import QuickstartReport
 from tangent_peft.evaluate import SweepPoint, plot_fronts
-
-
-if TYPE_CHECKING:
-    from tangent_peft.cli.quickstart import QuickstartReport
 
 
 def print_accuracy(console: Console, report: QuickstartReport) -> None:
