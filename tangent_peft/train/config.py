@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from trl import DPOConfig
 
 
-# Chosen by examples/benchmarks/learning_rates.py; see docs/training.md for the table.
+# docs/training.md has the experiment behind them (examples/benchmarks/learning_rates.py) and what it does not cover.
 LEARNING_RATES = {"dense": 5e-5, "shared": 1e-3, "trained": 5e-4}
 
 
