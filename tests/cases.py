@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
+import pytest
 import torch
 from conftest import build
 from peft import PeftModel, get_peft_model
@@ -34,6 +36,30 @@ def tangent_model(name: str = "llama", form: str = "dense", axis: str = "default
 def tangent_layers(model: torch.nn.Module) -> list[TangentLayer]:
     """The wrapped layers, in the model's order."""
     return [module for module in model.modules() if isinstance(module, TangentLayer)]
+
+
+def deltas(model: PeftModel) -> dict[str, Tensor]:
+    """ΔW of the active mix by the weight's name in the unmodified model."""
+    return {
+        f"{layer.layer_name}.weight": sum(layer.get_delta_weight(axis) for axis in layer.carried_axes()).detach()
+        for layer in tangent_layers(model)
+    }
+
+
+class _Float64Torch:
+    """`torch` with another float32: in it transformers computes its norms and softmaxes, whatever the model's dtype."""
+
+    float32 = torch.float64
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+def in_float64(model: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The model in float64, its norms and softmaxes included; undone with the test."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    monkeypatch.setattr(sys.modules[type(base).__module__], "torch", _Float64Torch())
+    return model.double()
 
 
 @torch.no_grad()

@@ -1,8 +1,11 @@
 """The linearized forward pass of a model: f_lin(x; τ) = f(x; θ₀) + J_θ₀ f(x)·τ, with torch and transformers only."""
 
 from tangent_peft.forward import cache as cache
+from tangent_peft.forward.carrier import Gradient as Gradient
+from tangent_peft.forward.carrier import TangentCarrier as TangentCarrier
+from tangent_peft.forward.deposit import deposit as deposit
+from tangent_peft.forward.deposit import is_replaying as is_replaying
 from tangent_peft.forward.dual import LinearizedForward as LinearizedForward
-from tangent_peft.forward.dual import TangentCarrier as TangentCarrier
 from tangent_peft.forward.exits import find_head as find_head
 from tangent_peft.forward.level import current_pass as current_pass
 from tangent_peft.forward.level import dual as dual

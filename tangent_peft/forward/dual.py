@@ -11,15 +11,17 @@ This file knows modules that carry tangents (`TangentCarrier`) but not where the
 from __future__ import annotations
 
 import sys
-from abc import abstractmethod
 from collections.abc import Hashable, Iterable
 from types import MethodType
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from tangent_peft.forward.attention import derive_attention
 from tangent_peft.forward.cache import refuse_lost_tangents, reveal_cross_attention
+from tangent_peft.forward.carrier import Gradient, TangentCarrier
 from tangent_peft.forward.exits import TangentExit, find_exit, find_head
 from tangent_peft.forward.level import (
     LinearizedPass,
@@ -33,24 +35,8 @@ from tangent_peft.forward.level import (
     refuse_compilation,
     split,
 )
-
-
-class TangentCarrier(nn.Module):
-    """Abstract: a module of the linearized model at which a tangent may be born."""
-
-    #: While true, reading `.weight` instead of calling the module must fail: the tangent would be lost.
-    tangent_guarded: bool = False
-
-    @abstractmethod
-    def tangent_mix(self) -> Hashable | None:
-        """Identifies the tangent carried now; `None` when there is none.
-
-        Equal values mean equal tangents: a key/value cache filled under one mix is not read under another.
-        """
-
-    @abstractmethod
-    def is_additive(self) -> bool:
-        """Whether the module currently adds a ΔW to its weights instead of carrying it as a tangent."""
+from tangent_peft.forward.randomness import random_state, refuse_randomness
+from tangent_peft.forward.replay import replay_blocks
 
 
 class LinearizedForward:
@@ -110,6 +96,10 @@ class LinearizedForward:
         self._guard(True)  # not before: the pass of another thread that just ended took it away
         try:
             derive_attention(opened)
+            replay_blocks(opened, self._gradient())
+            freeze_input(opened)
+            if root.training and torch.is_grad_enabled():
+                opened.random_state = random_state(_device(root))
             reveal_cross_attention(opened, kwargs.get("past_key_values"))
         except BaseException:
             close_pass(opened)
@@ -122,12 +112,15 @@ class LinearizedForward:
                 "expansion at the frozen weights and can not mix the two. Activate one kind, or evaluate all of them "
                 "as weights inside `with model.linearized(False):`."
             )
-        if root.training and _is_checkpointing(root):  # the reentrant kind drops tangents without gradients as well
+
+    def _gradient(self) -> Gradient:
+        modes = set[Gradient]().union(*(carrier.gradient_modes() for carrier in self.carriers)) - {"auto"}
+        if len(modes) > 1:
             raise ValueError(
-                f"{type(root).__name__} has gradient checkpointing enabled: its recomputation happens outside the dual "
-                "level and would lose the tangents. Call `model.gradient_checkpointing_disable()` (or "
-                "`model.eval()` for inference), or set `gradient_checkpointing=False` in the training arguments."
+                "Some active axes ask for `gradient='recorded'` and others for `gradient='replay'`, and one pass can "
+                "not do both. Give them the same, or 'auto', in TangentConfig."
             )
+        return modes.pop() if modes else "auto"
 
     def _guard(self, guarded: bool) -> None:
         for carrier in self.guarded:
@@ -144,6 +137,8 @@ class LinearizedForward:
         try:
             if output is None:
                 return None
+            if running.random_state is not None:
+                refuse_randomness(running.random_state, _device(root), type(root).__name__)
             refuse_lost_tangents(args, kwargs, output)
             return _leave_root(running, output)
         finally:
@@ -151,8 +146,25 @@ class LinearizedForward:
             close_pass(running)
 
 
-def _is_checkpointing(root: nn.Module) -> bool:
-    return any(vars(module).get("gradient_checkpointing", False) for module in root.modules())
+def _device(root: nn.Module) -> str:
+    return next((p.device.type for p in root.parameters()), "cpu")
+
+
+def freeze_input(opened: LinearizedPass) -> None:
+    """Until the pass closes, the input embeddings give no gradient unless they train.
+
+    Gradient checkpointing of ordinary adapters makes them require one (`enable_input_require_grads`), for torch's
+    reentrant kind. Here it would make autograd record the primal, of which nothing trains.
+    """
+    root = opened.root
+    embedding = root.get_input_embeddings() if isinstance(root, PreTrainedModel) else None
+    if torch.is_grad_enabled() and isinstance(embedding, nn.Module):
+        opened.contexts.callback(embedding.register_forward_hook(_detach_frozen).remove)
+
+
+def _detach_frozen(module: nn.Module, args: Any, output: Any) -> Any:
+    frozen = isinstance(output, Tensor) and not any(p.requires_grad for p in module.parameters())
+    return output.detach() if frozen and not carries_tangent(output) else output
 
 
 def _leave_root(running: LinearizedPass, output: Any) -> Any:

@@ -3,22 +3,29 @@
 With hidden state h, its tangent ḣ, head W, b and the head's own tangent Δ (dense or B·A), the logits of a token are
 
     z₀ = s·(W h + b)                        reference, f(x; θ₀)
-    z  = z₀ + s·(W ḣ + Δ h)                 policy, f_lin
+    z  = z₀ + ż,   ż = s·(W ḣ + Δ h)        policy, f_lin
 
-each followed by the model's soft-cap c·tanh(·/c), if any. For the chosen label y and upstream gradient g of log p(y):
+each followed by the model's soft-cap c·tanh(·/c), if any. Two quantities can be linearized (the first is
+TS-DPO's):
 
-    ∂/∂z = g·(onehot(y) − softmax(z)) =: ζ          (times s, and the slope of the soft-cap)
+    logits:      log p(y) = z_y − lse(z)                             a distribution; DPO's loss is not convex in τ
+    log-probs:   log p(y) = log p₀(y) + ż_y − Σ_v p₀(v) ż_v          no distribution; DPO's loss is convex in τ
+
+For the chosen label y and upstream gradient g of log p(y), with q the softmax of z, or of z₀ for log-probs:
+
+    ∂/∂z = g·(onehot(y) − q) =: ζ           (times s, and the slope of the soft-cap)
     ḣ: Wᵀζ     Δ: ζ hᵀ     B: ζ (A h)ᵀ     A: (Bᵀζ) hᵀ     h: (W + Δ)ᵀζ     W: ζ (h + ḣ)ᵀ
 
-Only tokens that carry a label are scored, a chunk at a time; the backward pass computes the logits of a chunk anew. The
-reference is never differentiated. This file knows tensors only: no model, no loss.
+(the last two for linearized logits only). Only tokens that carry a label are scored, a chunk at a time; the backward
+pass computes the logits of a chunk anew, in one product W (h + ḣ). The reference is never differentiated. This file
+knows tensors only: no model, no loss.
 Letters: N tokens, D hidden size, V vocabulary, R rank.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -26,6 +33,8 @@ from torch.autograd.function import once_differentiable
 
 
 CHUNK_ELEMENTS = 2**22  # logits held at a time: 16 MiB in float32, a few times over
+
+Linearized: TypeAlias = Literal["logits", "log_probs"]
 
 
 @dataclass(frozen=True)
@@ -56,12 +65,13 @@ class TokenScores:
     """What is known of each token's label and distribution, all (N,) in float32; only `log_probs` has a gradient.
 
     Attributes:
-        log_probs: log p(y) under the linearized logits.
+        log_probs: log p(y) of the policy, by linearized logits or linearized log-probs.
         ref_log_probs: log p(y) under the primal.
-        entropy: entropy of the linearized distribution, in nats.
-        log_sum_sq_probs: log Σ p².
+        entropy: entropy of the softmax of the linearized logits, in nats.
+        log_sum_sq_probs: log Σ p² of the same distribution.
         mean_logits: mean linearized logit over the vocabulary.
         is_top1: whether y is the most likely token.
+        kl: KL(policy ‖ reference) of the linearized logits, in nats.
     """
 
     log_probs: Tensor
@@ -70,9 +80,17 @@ class TokenScores:
     log_sum_sq_probs: Tensor
     mean_logits: Tensor
     is_top1: Tensor
+    kl: Tensor
 
 
-def score_tokens(hidden_ND: Tensor, tangent_ND: Tensor | None, labels_N: Tensor, head: Head) -> TokenScores:
+def score_tokens(
+    hidden_ND: Tensor,
+    tangent_ND: Tensor | None,
+    labels_N: Tensor,
+    head: Head,
+    linearized: Linearized = "logits",
+    probe: Tensor | None = None,
+) -> TokenScores:
     """Scores every token; exact, with exact gradients in the tangent and in all parameters of the head.
 
     Args:
@@ -80,14 +98,27 @@ def score_tokens(hidden_ND: Tensor, tangent_ND: Tensor | None, labels_N: Tensor,
         tangent_ND: ḣ, or `None` if only the head carries a tangent.
         labels_N: the token that follows.
         head: the head and its tangent.
+        linearized: which quantity is linear in τ.
+        probe: a scalar 1 that scales nothing and receives ⟨∂L/∂f_lin, J·τ⟩ as its gradient, one side of the adjoint
+            identity.
+
+    Raises:
+        ValueError: for linearized log-probs with a primal that trains, whose gradient is of second order.
     """
     learned = (head.weight, head.bias, head.dense, head.b, head.a)
-    return TokenScores(*_ScoreTokens.apply(hidden_ND, tangent_ND, *learned, labels_N, head.scale, head.softcap))
+    primals = [x for x in (hidden_ND, head.weight, head.bias) if x is not None and x.requires_grad]
+    if linearized == "log_probs" and torch.is_grad_enabled() and primals:
+        raise ValueError(
+            "Linearized log-probs need a frozen base, but a weight below or at the head trains beside the tangents "
+            "(`modules_to_save`?). Use linearized logits, `TangentDPOConfig(linearized='logits')`."
+        )
+    options = (labels_N, head.scale, head.softcap, linearized)
+    return TokenScores(*_ScoreTokens.apply(hidden_ND, tangent_ND, *learned, probe, *options))
 
 
 @dataclass(frozen=True)
 class _Problem:
-    """The tensors of one call in its compute dtype."""
+    """The tensors of one call in its compute dtype; logits are (n, V) in at least float32, before the soft-cap."""
 
     hidden: Tensor
     tangent: Tensor | None
@@ -98,29 +129,54 @@ class _Problem:
     a: Tensor | None
     scale: float
     softcap: float | None
+    linearized: Linearized
 
-    def logits(self, rows: slice) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Reference and policy logits (n, V) of a chunk in at least float32, and the soft-cap's slope at the policy."""
-        h = self.hidden[rows]
-        reference = _upcast(h @ self.weight.mT if self.bias is None else torch.addmm(self.bias, h, self.weight.mT))
-        policy = reference
-        if self.tangent is not None:
-            policy = policy + self.tangent[rows] @ self.weight.mT
+    def primal_logits(self, rows: slice, shift: Tensor | None = None) -> Tensor:
+        """z₀, or s·(W (h + shift) + b)."""
+        h = self.hidden[rows] if shift is None else self.hidden[rows] + shift
+        return self._scaled(h @ self.weight.mT if self.bias is None else torch.addmm(self.bias, h, self.weight.mT))
+
+    def own_tangent(self, rows: slice) -> Tensor | None:
+        """s·Δ h, what the head's own tangent adds."""
+        own = None
         if self.dense is not None:
-            policy = policy + h @ self.dense.mT
+            own = self.hidden[rows] @ self.dense.mT
         if self.b is not None and self.a is not None:
-            policy = policy + (h @ self.a.mT) @ self.b.mT
-        if self.scale != 1.0:
-            reference, policy = reference * self.scale, policy * self.scale
+            low_rank = (self.hidden[rows] @ self.a.mT) @ self.b.mT
+            own = low_rank if own is None else own + low_rank
+        return None if own is None else self._scaled(own)
+
+    def tangent_logits(self, rows: slice) -> Tensor:
+        """ż."""
+        own = self.own_tangent(rows)
+        if self.tangent is None:
+            return torch.zeros_like(self.primal_logits(rows)) if own is None else own
+        through = self._scaled(self.tangent[rows] @ self.weight.mT)
+        return through if own is None else through.add_(own)
+
+    def differentiated_logits(self, rows: slice) -> Tensor:
+        """The logits whose softmax is q, as one product with W."""
+        if self.linearized == "log_probs":
+            return self.primal_logits(rows)
+        logits = self.primal_logits(rows, None if self.tangent is None else self.tangent[rows])
+        own = self.own_tangent(rows)
+        return logits if own is None else logits.add_(own)
+
+    def capped(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The logits after the soft-cap, and its slope there."""
         if self.softcap is None:
-            return reference, policy, None
-        bounded = torch.tanh(policy / self.softcap)
-        return torch.tanh(reference / self.softcap) * self.softcap, bounded * self.softcap, 1 - bounded**2
+            return logits, None
+        bounded = torch.tanh(logits / self.softcap)
+        return bounded * self.softcap, 1 - bounded**2
 
     def chunks(self) -> list[slice]:
         """Slices of tokens whose logits fit in `CHUNK_ELEMENTS`."""
         step = max(1, CHUNK_ELEMENTS // self.weight.shape[0])
         return [slice(start, start + step) for start in range(0, self.hidden.shape[0], step)]
+
+    def _scaled(self, logits: Tensor) -> Tensor:
+        logits = _upcast(logits)
+        return logits if self.scale == 1.0 else logits * self.scale
 
 
 def _upcast(x: Tensor) -> Tensor:
@@ -132,12 +188,12 @@ class _ScoreTokens(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, tangent: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-        *learned, labels, scale, softcap = rest
+        *learned, probe, labels, scale, softcap, linearized = rest
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        ctx.save_for_backward(hidden, tangent, *learned, labels)
-        ctx.scale, ctx.softcap, ctx.dtype = scale, softcap, dtype
-        problem = _problem(dtype, hidden, tangent, learned, scale, softcap)
+        ctx.save_for_backward(hidden, tangent, *learned, probe, labels)
+        ctx.options = dtype, scale, softcap, linearized
+        problem = _problem((hidden, tangent, *learned), *ctx.options)
         with torch.autocast(device, enabled=False):
             chunks = [_describe(problem, rows, labels[rows]) for rows in problem.chunks()]
         fields = tuple(torch.cat(column) for column in zip(*chunks, strict=True)) if chunks else _nothing(hidden)
@@ -148,54 +204,77 @@ class _ScoreTokens(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:
-        hidden, tangent, *learned, labels = ctx.saved_tensors
-        inputs = [hidden, tangent, *learned]
+        *inputs, probe, labels = ctx.saved_tensors
         if grad is None:
-            return (None,) * (len(inputs) + 3)
-        problem = _problem(ctx.dtype, hidden, tangent, learned, ctx.scale, ctx.softcap)
-        needs = ctx.needs_input_grad[: len(inputs)]
+            return (None,) * (len(inputs) + 5)
+        problem = _problem(inputs, *ctx.options)
+        *needs, probed = ctx.needs_input_grad[: len(inputs) + 1]
         grads = [
             torch.zeros_like(x, dtype=_upcast(x).dtype) if need else None for x, need in zip(inputs, needs, strict=True)
         ]
+        probe_grad = torch.zeros_like(probe, dtype=torch.float64) if probed else None
         for rows in problem.chunks():
-            _, policy, slope = problem.logits(rows)
-            zeta = torch.softmax(policy, dim=-1).neg_()
-            zeta.scatter_add_(1, labels[rows, None], torch.ones_like(zeta[:, :1]))
-            zeta.mul_((grad[rows] * ctx.scale)[:, None])
-            _pull_back(problem, (zeta if slope is None else zeta * slope).to(ctx.dtype), rows, grads)
+            zeta = _cotangent(problem, rows, labels[rows], grad[rows])
+            if probe_grad is not None:
+                probe_grad += (zeta * problem.tangent_logits(rows)).sum(dtype=torch.float64)
+            _pull_back(problem, zeta.mul_(problem.scale).to(problem.hidden.dtype), rows, grads)
         cast = (g if g is None else g.to(x.dtype) for g, x in zip(grads, inputs, strict=True))
-        return (*cast, None, None, None)
+        return (*cast, None if probe_grad is None else probe_grad.to(probe.dtype), None, None, None, None)
 
 
-def _problem(
-    dtype: torch.dtype,
-    hidden: Tensor,
-    tangent: Tensor | None,
-    learned: Any,
-    scale: float,
-    softcap: float | None,
-) -> _Problem:
-    cast: list[Any] = [None if x is None else x.detach().to(dtype) for x in (hidden, tangent, *learned)]
-    h, dh, weight, bias, dense, b, a = cast
-    return _Problem(h, dh, weight, bias, dense, b, a, scale, softcap)
+def _problem(tensors: Any, dtype: torch.dtype, scale: float, softcap: float | None, linearized: Linearized) -> _Problem:
+    cast: list[Any] = [None if x is None else x.detach().to(dtype) for x in tensors]
+    hidden, tangent, weight, bias, dense, b, a = cast
+    return _Problem(hidden, tangent, weight, bias, dense, b, a, scale, softcap, linearized)
 
 
 def _describe(problem: _Problem, rows: slice, labels: Tensor) -> tuple[Tensor, ...]:
     """The fields of `TokenScores` for a chunk."""
-    reference, policy, _ = problem.logits(rows)
     chosen = labels[:, None]
-    ref_log_probs = reference.gather(1, chosen).squeeze(1) - reference.logsumexp(-1)
-    # Written as for the reference, so that τ = 0 gives equal log-probs bit for bit.
-    log_distribution = policy - policy.logsumexp(-1, keepdim=True)
-    entropy = -(log_distribution.exp() * log_distribution).sum(-1)
-    log_sum_sq_probs = (2 * log_distribution).logsumexp(-1)
-    log_probs = policy.gather(1, chosen).squeeze(1) - policy.logsumexp(-1)
-    return log_probs, ref_log_probs, entropy, log_sum_sq_probs, policy.mean(-1), policy.argmax(-1) == labels
+    primal, tangent = problem.primal_logits(rows), problem.tangent_logits(rows)
+    # Written alike for policy and reference, so that τ = 0 gives equal log-probs bit for bit.
+    policy, _ = problem.capped(primal + tangent)
+    reference, slope = problem.capped(primal)
+    (probs, lse, top), (ref_probs, ref_lse, _) = _distribution(policy), _distribution(reference)
+    label_logit = policy.gather(1, chosen).squeeze(1)
+    log_probs, ref_log_probs = label_logit - lse, reference.gather(1, chosen).squeeze(1) - ref_lse
+    mean_policy = _dot(probs, policy)
+    fields = (
+        lse - mean_policy,  # entropy
+        _dot(probs, probs).log(),
+        policy.mean(-1),
+        label_logit >= top,
+        mean_policy - _dot(probs, reference) - (lse - ref_lse),  # KL
+    )
+    if problem.linearized == "log_probs":
+        change = tangent if slope is None else tangent * slope
+        log_probs = ref_log_probs + change.gather(1, chosen).squeeze(1) - _dot(ref_probs, change)
+    return log_probs, ref_log_probs, *fields
+
+
+def _distribution(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Softmax (n, V), log-sum-exp (n,) and largest logit (n,), in few passes over the vocabulary."""
+    probs, top = torch.softmax(logits, dim=-1), logits.amax(-1)
+    return probs, top - probs.amax(-1).log(), top
+
+
+def _dot(left: Tensor, right: Tensor) -> Tensor:
+    """Σ_v left·right (n,), without a product of size (n, V)."""
+    return torch.bmm(left[:, None, :], right[:, :, None]).view(-1)
+
+
+def _cotangent(problem: _Problem, rows: slice, labels: Tensor, grad: Tensor) -> Tensor:
+    """ζ of a chunk (n, V), with the soft-cap's slope and without s."""
+    logits, slope = problem.capped(problem.differentiated_logits(rows))
+    zeta = torch.softmax(logits, dim=-1).neg_()
+    zeta.scatter_add_(1, labels[:, None], torch.ones_like(zeta[:, :1]))
+    zeta.mul_(grad[:, None])
+    return zeta if slope is None else zeta.mul_(slope)
 
 
 def _nothing(hidden: Tensor) -> tuple[Tensor, ...]:
     empty = hidden.new_zeros(0, dtype=torch.float32)
-    return (empty, *(empty.clone() for _ in range(4)), empty.bool())
+    return (empty, *(empty.clone() for _ in range(4)), empty.bool(), empty.clone())
 
 
 def _pull_back(problem: _Problem, zeta: Tensor, rows: slice, grads: list[Tensor | None]) -> None:

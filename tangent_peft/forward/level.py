@@ -34,6 +34,7 @@ class LinearizedPass:
         mix: identity of the tangents of this pass; equal mixes may share a key/value cache.
         primal_attention: the attention implementation the user chose, by `id` of the model config that names it.
         hidden: primal and tangent (B, T, D) of the backbone's last hidden state, if the tangent ended there.
+        random_state: state of the random generator when a training forward began, which must draw nothing.
         depth: how often the root is inside its own forward.
         contexts: what is undone, in reverse order, when the pass closes; valid for the whole process.
         modes: the same for PyTorch's modes, which are those of `thread`.
@@ -45,6 +46,7 @@ class LinearizedPass:
     mix: Hashable
     primal_attention: dict[int, str] = field(default_factory=dict)
     hidden: tuple[Tensor, Tensor | None] | None = None
+    random_state: Tensor | None = None
     depth: int = 0
     contexts: ExitStack = field(default_factory=ExitStack)
     modes: ExitStack = field(default_factory=ExitStack)

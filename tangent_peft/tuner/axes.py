@@ -22,7 +22,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from tangent_peft.tuner.config import TangentConfig
-from tangent_peft.tuner.layer import TangentFactors, TangentLayer, leaf_weight
+from tangent_peft.tuner.layer import TangentLayer
+from tangent_peft.tuner.weights import TangentFactors, leaf_weight
 
 
 if TYPE_CHECKING:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from peft import PeftConfig
 from safetensors import SafetensorError, safe_open
 
+from tangent_peft.forward import Gradient
 from tangent_peft.tuner.card import write_usage_note
 from tangent_peft.tuner.registration import TANGENT
 
@@ -37,6 +38,9 @@ class TangentConfig(PeftConfig):
         modules_to_save: modules trained and saved in full beside the tangent.
         init_weights: start at τ = 0 (the default); `False` draws τ at random, for tests.
         linearize: run f_lin; `False` adds ΔW to the weights instead (an ordinary adapter, as for Task-Vector DPO).
+        gradient: how a training step computes τ's gradient, both exact: `"recorded"` keeps the activations of the
+            wrapped blocks (fewest FLOPs), `"replay"` keeps what enters each block and runs the block again in backward
+            (least memory); `"auto"` replays the blocks for which gradient checkpointing is enabled.
         base_fingerprint: sample of the base model's weights, recorded when the axis is created and compared when it is
             loaded; `None` skips the comparison.
     """
@@ -58,6 +62,9 @@ class TangentConfig(PeftConfig):
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained and saved in full."})
     init_weights: bool = field(default=True, metadata={"help": "Start at τ = 0; False: random, for tests."})
     linearize: bool = field(default=True, metadata={"help": "Run f_lin; False: add ΔW to the weights."})
+    gradient: Gradient = field(
+        default="auto", metadata={"help": "'recorded', 'replay', or 'auto': replay under gradient checkpointing."}
+    )
     base_fingerprint: str | None = field(
         default=None, metadata={"help": "Sample of the base weights; checked on load."}
     )
@@ -80,6 +87,8 @@ class TangentConfig(PeftConfig):
     def _check_rank(self) -> None:
         if self.projection not in ("shared", "trained"):
             raise ValueError(f"`projection` is 'shared' or 'trained', found {self.projection!r}.")
+        if self.gradient not in get_args(Gradient):
+            raise ValueError(f"`gradient` is one of {get_args(Gradient)}, found {self.gradient!r}.")
         if self.r is not None and not _is_count(self.r):
             raise ValueError(f"`r` is a positive integer, or None for a dense tangent; found {self.r!r}.")
         if self.num_layers is not None and not _is_count(self.num_layers):

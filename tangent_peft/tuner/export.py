@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tangent_peft.tuner.axes import active_weights, check_weights, mix_factors, refuse_saved_modules, tangent_layers
-from tangent_peft.tuner.layer import TangentFactors
 from tangent_peft.tuner.registration import PREFIX
+from tangent_peft.tuner.weights import TangentFactors
 
 
 if TYPE_CHECKING:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Hashable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,49 +18,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from tangent_peft.forward import TangentCarrier, current_pass, dual, split
+from tangent_peft.forward import Gradient, TangentCarrier, current_pass, deposit, dual, is_replaying, split
 from tangent_peft.tuner.config import TangentConfig
 from tangent_peft.tuner.projection import shared_projection
+from tangent_peft.tuner.weights import TangentFactors, TangentWeight, leaf_weight
 
 
 STACKED_ROWS = 64  # up to so many rows, reading the weight costs more than multiplying by it
-
-
-class TangentWeight(nn.Module):
-    """A leaf that holds one matrix as `.weight`, so that sharding engines and TRL's copies treat it as a layer."""
-
-    def __init__(self, rows: int, columns: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(rows, columns))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (…, columns) → x·weightᵀ (…, rows), in the dtype of x."""
-        return F.linear(x, self.weight.to(x.dtype))
-
-    def extra_repr(self) -> str:
-        """The shape, for the module's printout."""
-        return "{}, {}".format(*self.weight.shape)
-
-
-def leaf_weight(holder: nn.ModuleDict, adapter_name: str) -> nn.Parameter:
-    """The matrix of an adapter in one of a layer's dicts of `TangentWeight`."""
-    leaf: Any = holder[adapter_name]
-    return leaf.weight
-
-
-@dataclass(frozen=True)
-class TangentFactors:
-    """One layer's tangent at its weight λ, dense or as a product.
-
-    Attributes:
-        dense: λ·ΔW (out, in), or `None` for low rank.
-        b: λ·B (out, r), or `None` for dense.
-        a: A (r, in), or `None` for dense.
-    """
-
-    dense: Tensor | None = None
-    b: Tensor | None = None
-    a: Tensor | None = None
 
 
 class TangentLayer(TangentCarrier, BaseTunerLayer):
@@ -71,7 +34,14 @@ class TangentLayer(TangentCarrier, BaseTunerLayer):
     """
 
     adapter_layer_names = ("tangent_delta", "tangent_A", "tangent_B")
-    other_param_names = ("tangent_r", "tangent_scaling", "tangent_linearize", "tangent_projection", "tangent_key")
+    other_param_names = (
+        "tangent_r",
+        "tangent_scaling",
+        "tangent_linearize",
+        "tangent_gradient",
+        "tangent_projection",
+        "tangent_key",
+    )
 
     base_layer: Any  # nn.Linear or Conv1D, or another tuner's layer around one
 
@@ -86,6 +56,7 @@ class TangentLayer(TangentCarrier, BaseTunerLayer):
         self.tangent_r: dict[str, int | None] = {}
         self.tangent_scaling: dict[str, float] = {}
         self.tangent_linearize: dict[str, bool] = {}
+        self.tangent_gradient: dict[str, Gradient] = {}
         # Plain tensors, not buffers: casting the model must not round a projection that is never stored.
         self.tangent_projection: dict[str, Tensor] = {}
         self.tangent_key: dict[str, tuple[int, int]] = {}
@@ -105,6 +76,7 @@ class TangentLayer(TangentCarrier, BaseTunerLayer):
         self.tangent_r[adapter_name] = r
         self.tangent_scaling[adapter_name] = 1.0
         self.tangent_linearize[adapter_name] = config.linearize
+        self.tangent_gradient[adapter_name] = config.gradient
         if r is None:
             self.tangent_delta[adapter_name] = TangentWeight(self.out_features, self.in_features)
         else:
@@ -179,6 +151,16 @@ class TangentLayer(TangentCarrier, BaseTunerLayer):
         carried = self.carried_axes()
         return bool(carried) and not self._linearized(carried)
 
+    def tangent_parameters(self) -> list[nn.Parameter]:
+        """The matrices of all adapters that train."""
+        holders = (self.tangent_delta, self.tangent_A, self.tangent_B)
+        weights = (leaf_weight(holder, name) for holder in holders for name in holder)
+        return [weight for weight in weights if weight.requires_grad]
+
+    def gradient_modes(self) -> set[Gradient]:
+        """How the gradients of the active axes are to be computed."""
+        return {self.tangent_gradient[name] for name in self.carried_axes()}
+
     def _linearized(self, carried: dict[str, float]) -> bool:
         if self.tangent_forced is not None:
             return self.tangent_forced
@@ -251,6 +233,8 @@ class TangentLayer(TangentCarrier, BaseTunerLayer):
         if not self._linearized(carried):
             y = self.base_layer(x, *args, **kwargs)
             return y + self._apply_tangent(x, carried).to(y.dtype)
+        if is_replaying():
+            return self._replay(x, carried, *args, **kwargs)
         if current_pass() is None:
             raise RuntimeError(
                 f"Layer {self.layer_name!r} carries the linearized axes {carried} but was called outside of a "
@@ -262,6 +246,13 @@ class TangentLayer(TangentCarrier, BaseTunerLayer):
         y, passed_on = self._apply_base(primal, tangent, *args, **kwargs)
         dy = self._apply_tangent(primal, carried).to(y.dtype)
         return dual(y, dy if passed_on is None else dy + passed_on)
+
+    def _replay(self, x: Tensor, carried: dict[str, float], *args: Any, **kwargs: Any) -> Tensor:
+        """W x + b, whose backward leaves the tangents' gradients."""
+        y = self.base_layer(x, *args, **kwargs)
+        for name, scale in carried.items():
+            y = deposit(y, x, scale, **vars(self.factors(name, 1.0)))
+        return y
 
     def _apply_base(
         self, primal: Tensor, tangent: Tensor | None, *args: Any, **kwargs: Any

@@ -15,7 +15,6 @@ from tolerances import assert_equal
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from transformers import LlamaForSequenceClassification
-from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 
 from tangent_peft import TangentConfig
 from tangent_peft.forward import LinearizedForward, current_pass, level, split
@@ -67,28 +66,6 @@ def test_a_part_of_the_model_is_refused() -> None:
     with model.disable_adapter():
         assert torch.equal(backbone(**INPUTS).last_hidden_state, build("llama").model(**INPUTS).last_hidden_state)
     works(model, expected)
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_gradient_checkpointing(name: str, reentrant: bool) -> None:
-    model = tangent_model(name)
-    for module in model.modules():
-        if isinstance(module, GPT2Attention):
-            module.attn_dropout.p = 0.0
-    expected = logits(model, **INPUTS)
-    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": reentrant})
-    for mode in (
-        torch.enable_grad,
-        torch.no_grad,
-    ):  # without gradients the reentrant kind would drop the tangents
-        with mode(), pytest.raises(ValueError, match="gradient_checkpointing_disable"):
-            model.train()(**INPUTS)
-    with model.linearized(False):
-        model(**INPUTS)
-    works(model.eval(), expected)
-    model.get_base_model().gradient_checkpointing_disable()
-    model.train()(**INPUTS).logits.sum().backward()
 
 
 @pytest.mark.parametrize("where", ["model.layers.0", "model.layers.2", "model.norm", "lm_head", ""])

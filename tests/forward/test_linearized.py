@@ -2,41 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import pytest
 import torch
-from cases import FORMS, config, tangent_layers, tangent_model
+from cases import FORMS, config, deltas, in_float64, tangent_model
 from conftest import batch, build
 from oracle import gradient, linearized
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
 from tolerances import TOLERANCE, assert_equal, relative_error
 from torch import Tensor
 
 from tangent_peft import TangentConfig
-
-
-class _Float64Torch:
-    """`torch` with another float32: in it transformers computes its norms and softmaxes, whatever the model's dtype."""
-
-    float32 = torch.float64
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)
-
-
-def _in_float64(model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> torch.nn.Module:
-    monkeypatch.setattr(sys.modules[type(model).__module__], "torch", _Float64Torch())
-    return model.double()
-
-
-def deltas(model: PeftModel) -> dict[str, Tensor]:
-    """ΔW of the active mix by the weight's name in the unmodified model."""
-    return {
-        f"{layer.layer_name}.weight": sum(layer.get_delta_weight(axis) for axis in layer.carried_axes()).detach()
-        for layer in tangent_layers(model)
-    }
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -51,7 +28,7 @@ def test_logits_and_gradient_equal_the_oracle(
     model.get_base_model().set_attn_implementation(attention)
     base = build(name)
     if dtype == torch.float64:
-        base, model = _in_float64(base, monkeypatch), model.double()
+        base, model = in_float64(base, monkeypatch), model.double()
     inputs = batch(side)
     real = inputs["attention_mask"].bool()
 

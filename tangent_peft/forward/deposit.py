@@ -1,0 +1,116 @@
+"""What a wrapped layer does while its block is replayed: return W x + b, and leave gᵀx with τ in backward.
+
+f_lin is linear in τ, so the gradient of a layer's ΔW is the one its weight would have at θ₀: gᵀx. For ΔW = B·A,
+
+    B: gᵀ (A x)     A: (Bᵀ g)ᵀ x
+
+This file knows tensors only.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+_state = threading.local()  # `replay`: what the replay that runs in this thread collects
+
+
+def is_replaying() -> bool:
+    """Whether this thread replays a block for its backward pass."""
+    return "replay" in vars(_state)
+
+
+@dataclass
+class Collected:
+    """The gradients that the wrapped layers of a replayed block leave.
+
+    They do not go through autograd: a hook that someone put on a parameter then fires once, in the outer backward.
+
+    Attributes:
+        anchor: a scalar that requires a gradient, so that layers whose input requires none have a backward.
+        gradients: by parameter.
+    """
+
+    anchor: Tensor
+    gradients: dict[Tensor, Tensor] = field(default_factory=dict)
+
+    def add(self, parameter: Tensor, gradient: Tensor) -> None:
+        """Adds to what a parameter has."""
+        gradient = gradient.to(parameter.dtype)
+        known = self.gradients.get(parameter)
+        self.gradients[parameter] = gradient if known is None else known + gradient
+
+
+@contextmanager
+def replaying() -> Iterator[Collected]:
+    """Makes the wrapped layers that this thread calls leave their tangents' gradients in what it yields."""
+    outer, collected = vars(_state).get("replay"), Collected(torch.zeros((), requires_grad=True))
+    _state.replay = collected
+    try:
+        yield collected
+    finally:
+        del _state.replay
+        if outer is not None:
+            _state.replay = outer
+
+
+def deposit(
+    y: Tensor,
+    x: Tensor,
+    scale: float,
+    dense: Tensor | None = None,
+    b: Tensor | None = None,
+    a: Tensor | None = None,
+) -> Tensor:
+    """Returns y unchanged; its backward leaves the gradient λ·gᵀx with the parameters of the tangent.
+
+    Args:
+        y: W x + b (…, out).
+        x: the layer's input (…, in).
+        scale: λ.
+        dense: ΔW (out, in), or `None`.
+        b: B (out, r), or `None`.
+        a: A (r, in), or `None`.
+    """
+    replay: Collected = _state.replay
+    return _Deposit.apply(y, replay.anchor, x.detach(), scale, (dense, b, a), replay)
+
+
+class _Deposit(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, y: Tensor, anchor: Tensor, x: Tensor, scale: float, factors: Any, replay: Collected
+    ) -> Tensor:
+        _, b, a = (None if f is None else f.detach() for f in factors)
+        narrow = None if a is None else F.linear(x, a.to(x.dtype))
+        keeps_x = any(f is not None and f.requires_grad for f in (factors[0], factors[2]))
+        ctx.save_for_backward(x if keeps_x else None, narrow, b)
+        ctx.scale, ctx.factors, ctx.replay = scale, factors, replay
+        return y.view_as(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        saved: Any = (None if t is None else _rows(t).to(grad.dtype) for t in ctx.saved_tensors)
+        (x, narrow, b), (to_dense, to_b, to_a) = saved, ctx.factors
+        g = _rows(grad) if ctx.scale == 1.0 else _rows(grad) * ctx.scale
+        if to_dense is not None and to_dense.requires_grad:
+            ctx.replay.add(to_dense, g.mT @ x)
+        if to_b is not None and to_b.requires_grad:
+            ctx.replay.add(to_b, g.mT @ narrow)
+        if to_a is not None and to_a.requires_grad:
+            ctx.replay.add(to_a, (g @ b).mT @ x)
+        return grad, None, None, None, None, None
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])

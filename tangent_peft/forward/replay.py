@@ -1,0 +1,260 @@
+"""The replayed gradient: a block runs dual without a graph, and backward replays it as an ordinary network.
+
+f_lin is linear in τ, so its gradient Jᵀg is the vector-Jacobian product of the frozen network at θ₀. For one block with
+primal input x, tangent input ẋ and tangents τ inside,
+
+    ẏ = J_x ẋ + J_τ τ        forward: dual numbers, nothing is kept but x
+    ẋ: J_xᵀ g   τ: J_τᵀ g     backward: the stock forward of the block from x, then its stock backward
+
+Inside the replay a wrapped layer returns W x + b and its backward also leaves gᵀx with τ (`deposit.py`). So the replay
+runs the user's own attention kernel and differentiates nothing but the network itself: this is gradient checkpointing,
+at its usual price of one more forward of the wrapped blocks. The two directions share no code, which gives the adjoint
+identity ⟨g, Jτ⟩ = ⟨τ, Jᵀg⟩ its force.
+
+Seam: transformers hands each checkpointed block to the `_gradient_checkpointing_func` it carries. While a linearized
+pass is open these are ours, whatever kind of checkpointing was chosen: torch's reentrant kind would lose the tangents,
+the other would recompute them outside of the dual level.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from tangent_peft.forward.carrier import Gradient, TangentCarrier
+from tangent_peft.forward.deposit import replaying
+from tangent_peft.forward.level import LinearizedPass, carries_tangent, dual, map_tensors, split
+from tangent_peft.forward.randomness import random_state, refuse_randomness
+
+
+# ---- a block ---------------------------------------------------------------------------------------------------------
+
+
+class _Hole:
+    """Stands where a tensor belongs that autograd keeps."""
+
+
+@dataclass
+class _Call:
+    """One call of a block, which can be repeated with other tensors in its holes.
+
+    Attributes:
+        function: runs the block.
+        args: its positional arguments, with holes.
+        kwargs: its keyword arguments, with holes.
+        device: kind of device it runs on.
+        autocast: the arguments of `torch.autocast` that hold during the call.
+    """
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    device: str
+    autocast: dict[str, Any]
+
+    @classmethod
+    def of(cls, function: Callable[..., Any], args: tuple[Any, ...], device: str) -> tuple[_Call, list[Tensor]]:
+        """The call with a hole for every argument that carries a tangent, and what belongs into the holes."""
+        kwargs: dict[str, Any] = {}
+        if isinstance(function, functools.partial):
+            args, kwargs = (*function.args, *args), function.keywords
+            function = function.func
+        autocast = {
+            "dtype": torch.get_autocast_dtype(device),
+            "enabled": torch.is_autocast_enabled(device),
+            "cache_enabled": torch.is_autocast_cache_enabled(),
+        }
+        dual_tensors: list[Tensor] = []
+
+        def emptied(x: Any) -> Any:
+            if not carries_tangent(x):
+                return x
+            dual_tensors.append(x)
+            return _Hole()
+
+        args, kwargs = _map_leaves(args, emptied), _map_leaves(kwargs, emptied)
+        return cls(function, args, kwargs, device, autocast), dual_tensors
+
+    def __call__(self, tensors: Iterable[Tensor]) -> Any:
+        """Runs the block with `tensors` in the holes."""
+        rest = iter(tensors)
+
+        def filled(x: Any) -> Any:
+            return next(rest) if isinstance(x, _Hole) else x
+
+        with torch.autocast(self.device, **self.autocast):
+            return self.function(*_map_leaves(self.args, filled), **_map_leaves(self.kwargs, filled))
+
+
+def _map_leaves(tree: Any, function: Callable[[Any], Any]) -> Any:
+    """Applies `function` to tensors and holes, on copies of the containers; caches and the like stay themselves."""
+    if isinstance(tree, (Tensor, _Hole)):
+        return function(tree)
+    if type(tree) in (tuple, list):
+        return type(tree)(_map_leaves(value, function) for value in tree)
+    if type(tree) is dict:
+        return {name: _map_leaves(value, function) for name, value in tree.items()}
+    return tree
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    """The tensors of a block's output, in order."""
+    found: list[Tensor] = []
+
+    def collect(x: Tensor) -> Tensor:
+        found.append(x)
+        return x
+
+    map_tensors(tree, collect)
+    return found
+
+
+@dataclass
+class _Replay:
+    """What the backward pass needs besides the primal inputs.
+
+    Attributes:
+        call: the block's call.
+        outputs: which of its output tensors carried a tangent.
+        trained: the parameters inside that train, all of them tangents.
+    """
+
+    call: _Call
+    outputs: list[int]
+    trained: list[nn.Parameter]
+
+
+def replay_block(block: nn.Module, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Takes the place of `torch.utils.checkpoint.checkpoint` while a linearized pass is open.
+
+    Args:
+        block: the module that is checkpointed.
+        function: runs it; called again in the backward pass.
+        *args: its positional arguments.
+        **options: what would tell torch how to record; nothing is recorded here.
+
+    Returns:
+        The block's output, dual; its tangents backpropagate by the replay.
+
+    Raises:
+        ValueError: if the block draws random numbers (dropout): its replay would draw others.
+    """
+    if not torch.is_grad_enabled():
+        return function(*args)
+    trained = [p for m in block.modules() if isinstance(m, TangentCarrier) for p in m.tangent_parameters()]
+    device = next((p.device.type for p in block.parameters()), "cpu")
+    call, inputs = _Call.of(function, args, device)
+    primals, tangents = [split(x)[0] for x in inputs], [split(x)[1] for x in inputs]
+    if _primal_trains(block, len(trained), (*args, *call.kwargs.values(), *primals)):
+        return function(*args)  # autograd has to record all of it
+    if not trained and not any(t is not None and t.requires_grad for t in tangents):
+        with torch.no_grad():  # below the first tangent that trains
+            return function(*args)
+    before = random_state(device)
+    with torch.no_grad():
+        output = function(*args)
+    refuse_randomness(before, device, type(block).__name__)
+    found = _tensors(output)
+    outputs = [index for index, y in enumerate(found) if carries_tangent(y)]
+    replay = _Replay(call, outputs, trained)
+    joined = _Replayed.apply(
+        replay, len(outputs), *(split(found[i])[1] for i in outputs), *primals, *tangents, *trained
+    )
+    connected = dict(zip((id(found[i]) for i in outputs), joined, strict=True))
+    return map_tensors(output, lambda y: dual(split(y)[0], connected[id(y)]) if id(y) in connected else y)
+
+
+def _primal_trains(block: nn.Module, tangents: int, inputs: tuple[Any, ...]) -> bool:
+    """Whether other parameters of the block train than its tangents, or something below it does."""
+    others = sum(p.requires_grad for p in block.parameters()) > tangents
+    return others or any(isinstance(x, Tensor) and split(x)[0].requires_grad for x in inputs)
+
+
+class _Replayed(torch.autograd.Function):
+    """Identity on the tangents that a block gave; its backward is the block's own, at the primal input."""
+
+    @staticmethod
+    def forward(ctx: Any, replay: _Replay, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        inputs = (len(tensors) - count - len(replay.trained)) // 2
+        ctx.replay, ctx.count, ctx.inputs = replay, count, inputs
+        ctx.save_for_backward(*tensors[count : count + inputs])
+        return tuple(tangent.view_as(tangent) for tangent in tensors[:count])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        replay: _Replay = ctx.replay
+        with torch.enable_grad(), replaying() as collected:
+            primals = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+            output = _tensors(replay.call(primals))
+            leaves = [*primals, collected.anchor]
+            found = torch.autograd.grad([output[i] for i in replay.outputs], leaves, grads, allow_unused=True)
+        unused = (None,) * (2 + ctx.count + ctx.inputs)
+        return (*unused, *found[:-1], *(collected.gradients.get(p) for p in replay.trained))
+
+
+# ---- which blocks are replayed ---------------------------------------------------------------------------------------
+
+
+def replay_blocks(opened: LinearizedPass, gradient: Gradient) -> None:
+    """Routes checkpointed blocks of `opened.root` to `replay_block` until the pass closes.
+
+    Args:
+        opened: the pass.
+        gradient: `"auto"` replays the blocks for which gradient checkpointing is enabled, `"replay"` all of them.
+
+    Raises:
+        ValueError: if what is asked for contradicts the checkpointing, or the model has no blocks to replay.
+    """
+    root = opened.root
+    if not root.training:  # transformers checkpoints in train mode only
+        return
+    enabled = [m for m in root.modules() if vars(m).get("gradient_checkpointing", False)]
+    blocks = [m for m in root.modules() if isinstance(m, GradientCheckpointingLayer)]
+    replayed = blocks if gradient == "replay" and torch.is_grad_enabled() else [m for m in blocks if m in set(enabled)]
+    if not replayed and (enabled or (gradient == "replay" and torch.is_grad_enabled())):
+        raise ValueError(
+            f"{type(root).__name__} has no block that derives from transformers' GradientCheckpointingLayer: there is "
+            "nothing to replay. Use `TangentConfig(gradient='recorded')` and switch gradient checkpointing off "
+            "(`gradient_checkpointing=False`, `model.gradient_checkpointing_disable()`)."
+        )
+    if enabled and gradient == "recorded" and torch.is_grad_enabled():
+        raise ValueError(
+            f"`gradient='recorded'` keeps the activations, but {type(root).__name__} has gradient checkpointing on. "
+            "Use `TangentConfig(gradient='auto')`, or switch gradient checkpointing off "
+            "(`gradient_checkpointing=False`, `model.gradient_checkpointing_disable()`)."
+        )
+    for block in replayed:
+        _check_checkpointing(block)
+        _set_until_close(opened, block, "_gradient_checkpointing_func", functools.partial(replay_block, block))
+        _set_until_close(opened, block, "gradient_checkpointing", True)
+
+
+def _check_checkpointing(block: nn.Module) -> None:
+    """Refuses a checkpointing that does more than torch's: what it adds would be lost."""
+    chosen = vars(block).get("_gradient_checkpointing_func")
+    plain = chosen.func if isinstance(chosen, functools.partial) else chosen
+    if plain is not None and plain is not checkpoint and vars(block).get("gradient_checkpointing", False):
+        raise ValueError(
+            f"{type(block).__name__} is checkpointed by {plain!r} instead of torch.utils.checkpoint; a linearized "
+            "model replays its blocks itself and would drop what that adds. Enable plain checkpointing, "
+            "`model.gradient_checkpointing_enable()`; to offload activations use `activation_offloading=True` in the "
+            "training arguments or `torch.autograd.graph.save_on_cpu()`."
+        )
+
+
+def _set_until_close(opened: LinearizedPass, module: nn.Module, name: str, value: Any) -> None:
+    own = vars(module)
+    if name in own:
+        opened.contexts.callback(setattr, module, name, own[name])
+    else:
+        opened.contexts.callback(delattr, module, name)
+    setattr(module, name, value)
