@@ -60,6 +60,20 @@ def choose_policy(
     return model, config, wrap
 
 
+def refuse_reference(ref_model: object, config: TangentConfig) -> None:
+    """Raises if a reference model comes with a linearized axis, which has its reference in itself.
+
+    Raises:
+        ValueError: naming the model's class.
+    """
+    if ref_model is not None and config.linearize:
+        raise ValueError(
+            f"`ref_model` is a {type(ref_model).__name__}, but the reference of a linearized axis is the base, the "
+            "primal of the same forward. Leave `ref_model` out; to train against another reference, use "
+            "`TangentConfig(linearize=False)`."
+        )
+
+
 def _existing_axis(model: PeftModel, args: TangentDPOConfig) -> tuple[PreTrainedModel, TangentConfig, Wrap]:
     foreign = {name: type(config).__name__ for name, config in model.peft_config.items()}
     if not all(isinstance(config, TangentConfig) for config in model.peft_config.values()):

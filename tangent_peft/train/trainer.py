@@ -1,11 +1,11 @@
 """`TangentDPOTrainer`: TRL's `DPOTrainer` on a linearized model, with the reference read off the same forward.
 
-TRL keeps the loss, its metrics, data, evaluation and checkpoints. Three seams are touched, all of them here:
+TRL keeps the loss, its metrics, data, evaluation and checkpoints. Three seams are touched:
 
 * `get_peft_model`, as `trl.trainer.dpo_trainer` names it, so that the adapter has the axis's name, and so that a model
   with axes comes in without TRL cloning its "default" adapter into a "ref" one;
 * the forward that TRL's `add_fused_lm_head` installs: while a tangent is active, our head scores policy and reference
-  from the same hidden states;
+  from the same hidden states (`head.py`);
 * `compute_loss`, TRL's public override point: `_compute_loss` reads `ref_*_logps` from the batch after the policy's
   forward, so a shim around `model` writes them there.
 """
@@ -13,12 +13,9 @@ TRL keeps the loss, its metrics, data, evaluation and checkpoints. Three seams a
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
-import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -39,16 +36,23 @@ from transformers import (
 from trl import DPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
-from tangent_peft.forward import LinearizedForward, current_pass, split
-from tangent_peft.forward.head import Head, TokenScores, score_tokens
+from tangent_peft.forward import LinearizedForward
+from tangent_peft.forward.head import Linearized
+from tangent_peft.train.adjoint import AdjointCheck
+from tangent_peft.train.budget import BudgetCallback
 from tangent_peft.train.config import TangentDPOConfig
-from tangent_peft.train.policy import Wrap, choose_policy, primal_moves
-from tangent_peft.tuner import TangentLayer
+from tangent_peft.train.finite import check_finite
+from tangent_peft.train.head import install_linearized_head
+from tangent_peft.train.policy import Wrap, choose_policy, primal_moves, refuse_reference
+from tangent_peft.train.trunk_cache import TrunkCache, open_for_training
+from tangent_peft.tuner import axis_norm, linearity_gap
 
 
 EvalData: TypeAlias = (
     Dataset | IterableDataset | DatasetDict | IterableDatasetDict | dict[str, Dataset | IterableDataset] | None
 )
+
+GAP_TOKENS = 64  # whole-vocabulary logits are compared, so a few must do
 
 _CITATION = """\
 @misc{erdogan2026tangent,
@@ -69,7 +73,7 @@ class TangentDPOTrainer(DPOTrainer):
     Args:
         model: a model, its name, or a `PeftModel` with tangent axes, of which `args.axis` is trained and the others
             stay as they are (and off).
-        ref_model: a reference other than the base; costs TRL's second forward.
+        ref_model: must be `None` for a linearized axis, whose reference is the base model itself.
         args: a `TangentDPOConfig`.
         data_collator: as in `DPOTrainer`.
         train_dataset: preference pairs, conversational or plain, in any of TRL's formats.
@@ -94,6 +98,9 @@ class TangentDPOTrainer(DPOTrainer):
         "citation": _CITATION,
     }
 
+    args: TangentDPOConfig
+    model: PeftModel
+
     def __init__(
         self,
         model: str | PreTrainedModel | PeftModel,
@@ -115,8 +122,14 @@ class TangentDPOTrainer(DPOTrainer):
                 f"`args` is a {type(args).__name__}; TangentDPOTrainer takes a TangentDPOConfig, which has the same "
                 "fields and defaults that suit a tangent."
             )
+        self._trunk: TrunkCache | None = None
+        self._probe: Tensor | None = None
+        self._kl: float | None = None
+        self._checked_step = self._measured_step = 0
         args = copy.copy(args)  # completed below; the caller's object may serve for another axis
         base, peft_config, wrap = choose_policy(model, peft_config, args)
+        refuse_reference(ref_model, peft_config)
+        self.axis = args.axis or "default"
         with _named_axis(wrap):
             super().__init__(
                 model=base,
@@ -133,11 +146,19 @@ class TangentDPOTrainer(DPOTrainer):
                 peft_config=peft_config,
             )
         wrapped: Any = self.model  # a PeftModel by now
-        _install_linearized_head(wrapped.get_base_model())
+        install_linearized_head(wrapped.get_base_model())
+        limits = {"KL to the base": (lambda: self._kl, args.max_kl), "norm": (self._norm, args.max_norm)}
+        self.add_callback(BudgetCallback(self.axis, limits))
 
     @property
     def _linearized_forward(self) -> LinearizedForward | None:
         return LinearizedForward.installed(self.accelerator.unwrap_model(self.model).get_base_model())
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As the host's; with `trunk_cache` the hidden states below the first wrapped block are stored first."""
+        if self.args.trunk_cache is not None and self._trunk is None:
+            self._trunk = open_for_training(self.args.trunk_cache, self)
+        return super().train(*args, **kwargs)
 
     def compute_loss(
         self,
@@ -146,24 +167,103 @@ class TangentDPOTrainer(DPOTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """TRL's loss; the reference log-probs are the primal's, from the same forward as the policy's."""
+        """TRL's loss; the reference log-probs are the primal's, from the same forward as the policy's.
+
+        Raises:
+            FloatingPointError: if the loss is not finite, naming step, axis and the rows of the batch.
+        """
         linearized = self._linearized_forward
-        given = self.ref_model is not None or self.precompute_ref_logps
-        if given or linearized is None or linearized.mix() is None or primal_moves(model):
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        self.precompute_ref_logps = True  # TRL then takes the reference from the batch
+        active = linearized is not None and linearized.mix() is not None
+        compute = self._linearized_loss if active else super().compute_loss
+        with nullcontext() if self._trunk is None else self._trunk.apply(inputs):
+            result = compute(model, inputs, return_outputs, num_items_in_batch)
+        data = self.train_dataset if self.model.training else self.eval_dataset
+        check_finite(result[0] if return_outputs else result, inputs, self.state.global_step, self.axis, data)
+        return result
+
+    def _linearized_loss(self, model: nn.Module, inputs: dict[str, Any], *rest: Any) -> Any:
+        given = self.ref_model is not None or self.precompute_ref_logps or primal_moves(model)
+        policy = _LinearizedPolicy(model, inputs, self.args.linearized, self._probe, not given, self.ld_alpha)
+        before = self.precompute_ref_logps
+        self.precompute_ref_logps = before or not given  # TRL then takes the reference from the batch
         try:
-            policy = _WithReference(model, inputs, self.ld_alpha)
-            return super().compute_loss(policy, inputs, return_outputs, num_items_in_batch)
+            result = super().compute_loss(policy, inputs, *rest)
         finally:
-            self.precompute_ref_logps = False
-            for key in _REFERENCE_KEYS:
-                inputs.pop(key, None)
+            self.precompute_ref_logps = before
+            if not given:
+                for key in _REFERENCE_KEYS:
+                    inputs.pop(key, None)
+        self._record_kl(policy.kl)
+        return result
+
+    def _record_kl(self, kl: Tensor | None) -> None:
+        """Logs the mean KL of the batch's completion tokens; `kl` holds its sum and their number."""
+        if kl is not None:
+            total, tokens = self.accelerator.gather_for_metrics(kl[None]).sum(0).tolist()
+            self._kl = total / max(tokens, 1)
+            self._metrics["train" if self.model.training else "eval"][f"kl/{self.axis}"].append(self._kl)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """TRL's step; every `adjoint_check_steps` steps it also checks the adjoint identity.
+
+        Raises:
+            RuntimeError: if the identity does not hold: a tangent or its gradient got lost.
+        """
+        step = self.state.global_step
+        self._measure_linearity_gap(step, args[1])
+        if not self._adjoint_check_is_due(step):
+            return super().training_step(*args, **kwargs)
+        self._checked_step = step
+        with AdjointCheck(self.accelerator.unwrap_model(self.model), self.axis, self._compute_dtype) as check:
+            self._probe = check.probe
+            try:
+                loss = super().training_step(*args, **kwargs)
+            finally:
+                self._probe = None
+        error = check.error()
+        if error is not None:
+            self._metrics["train"][f"adjoint_error/{self.axis}"].append(error)
+            check.require(error, step, self.axis)
+        return loss
+
+    def _adjoint_check_is_due(self, step: int) -> bool:
+        """At the second step, when τ has left zero, and every N steps; once per step also with accumulation."""
+        every = self.args.adjoint_check_steps
+        linearized = self._linearized_forward
+        active = linearized is not None and linearized.mix() is not None and not primal_moves(self.model)
+        return bool(every) and active and step != self._checked_step and (step == 1 or (step > 0 and step % every == 0))
+
+    @property
+    def _compute_dtype(self) -> torch.dtype:
+        named = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        base = next(p for name, p in self.model.named_parameters() if ".tangent_" not in name)
+        return named.get(self.accelerator.mixed_precision, base.dtype)
+
+    def _measure_linearity_gap(self, step: int, inputs: dict[str, Any]) -> None:
+        """Logs the gap every `linearity_gap_steps` steps, on answer tokens of the batch's first row."""
+        every = self.args.linearity_gap_steps
+        if every is None or step % every or step == self._measured_step:
+            return
+        self._measured_step = step
+        answer = inputs["completion_mask"][0].nonzero().view(-1)
+        sample = {name: inputs[name][:1] for name in ("input_ids", "attention_mask")}
+        sample["logits_to_keep"] = answer[:GAP_TOKENS] - 1
+        model = self.accelerator.unwrap_model(self.model)
+        gap = linearity_gap(model, [self._prepare_inputs(sample)])
+        self._metrics["train"][f"linearity_gap/{self.axis}"].append(gap.gap)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """TRL's logs, with the size of τ."""
+        if "loss" in logs:
+            logs[f"norm/{self.axis}"] = self._norm()
+        super().log(logs, start_time)
+
+    def _norm(self) -> float:
+        return axis_norm(self.accelerator.unwrap_model(self.model), self.axis)
 
     def _load_best_model(self) -> None:
         """As the host's, which looks for the adapter in the checkpoint itself, where only "default" lies."""
-        args: Any = self.args
-        axis = args.axis or "default"
+        axis = self.axis
         folder = Path(self.state.best_model_checkpoint or "") / axis
         if not folder.is_dir():
             super()._load_best_model()
@@ -188,111 +288,35 @@ def _named_axis(wrap: Wrap) -> Iterator[None]:
         module.get_peft_model = original
 
 
-# ---- the head --------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class LinearizedOutput(FusedCausalLMOutput):
-    """TRL's per-token output with the reference log-probs (B, T−1) that the same forward gave; zero without a label."""
-
-    ref_log_probs: Tensor | None = None
-
-
-def _install_linearized_head(base: PreTrainedModel) -> None:
-    """Chains onto the forward TRL installed: same call, but tangents reach the log-probs."""
-    trl_forward = base.forward
-
-    @functools.wraps(type(base).forward)
-    def forward(self: PreTrainedModel, *args: Any, fused_lm_head: bool = False, **kwargs: Any) -> Any:
-        head = self.get_output_embeddings()
-        carried = isinstance(head, TangentLayer) and bool(head.carried_axes())
-        if not fused_lm_head or (current_pass() is None and not carried):
-            return trl_forward(*args, fused_lm_head=fused_lm_head, **kwargs)
-        return _score_completions(self, head, args, kwargs)
-
-    base.forward = types.MethodType(forward, base)
-
-
-def _score_completions(model: PreTrainedModel, head: nn.Module, args: Any, kwargs: dict[str, Any]) -> LinearizedOutput:
-    """Backbone, then the fused head on the tokens that carry a label."""
-    if kwargs.pop("shift_labels", None) is not None:
-        raise NotImplementedError("Context parallelism (`shift_labels`) is not supported for a linearized model.")
-    labels, items = kwargs.pop("labels"), kwargs.pop("num_items_in_batch", None)
-    output = model.base_model(*args, **{**kwargs, "use_cache": False})
-    running = current_pass()
-    hidden, tangent = _hidden_states(output.last_hidden_state)
-    labels = labels[:, 1:].to(hidden.device)
-    mask = labels != -100
-    tangent = None if tangent is None else tangent[:, :-1][mask]
-    scores = score_tokens(hidden[:, :-1][mask], tangent, labels[mask], _head_of(model, head))
-    fields = _per_position(scores, mask)
-    if running is None:
-        fields.pop("ref_log_probs")  # the primal is not the base here
-    loss = -fields["log_probs"].sum() / (mask.sum().clamp(min=1) if items is None else items)
-    return LinearizedOutput(loss=loss, label_mask=mask, **fields)
-
-
-def _hidden_states(last: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Primal and tangent (B, T, D) of the backbone's output, also where it was joined already."""
-    running = current_pass()
-    if running is not None and running.hidden is not None:
-        return running.hidden
-    return (last, None) if running is None else split(last)
-
-
-def _per_position(scores: TokenScores, mask: Tensor) -> dict[str, Any]:
-    """The fields of `scores` (N,) at their positions (B, T−1), zero elsewhere; differentiable also for N = 0."""
-    return {name: x.new_zeros(mask.shape).masked_scatter(mask, x) for name, x in vars(scores).items()}
-
-
-def _head_of(model: PreTrainedModel, head: Any) -> Head:
-    """The head's weight, its active tangents Σ λᵢ τᵢ, and what the model does to its logits."""
-    scale, softcap = _logit_options(model.config.get_text_config().to_dict())
-    if not isinstance(head, TangentLayer):
-        return Head(head.weight, head.bias, scale=scale, softcap=softcap)
-    linear: Any = head.get_base_layer()
-    factors = [head.factors(name, weight) for name, weight in head.carried_axes().items()]
-    dense = [f.dense for f in factors if f.dense is not None]
-    bs, projections = [f.b for f in factors if f.b is not None], [f.a for f in factors if f.a is not None]
-    return Head(
-        linear.weight,
-        linear.bias,
-        dense=sum(dense[1:], start=dense[0]) if dense else None,
-        b=(bs[0] if len(bs) == 1 else torch.cat(bs, dim=1)) if bs else None,
-        a=(projections[0] if len(projections) == 1 else torch.cat(projections)) if projections else None,
-        scale=scale,
-        softcap=softcap,
-    )
-
-
-def _logit_options(config: dict[str, Any]) -> tuple[float, float | None]:
-    """Factor and soft-cap of the logits; the names are those `add_fused_lm_head` reads, in its order."""
-    factor = next((config[n] for n in _LOGIT_FACTORS if config.get(n) is not None), None)
-    if factor is None and config.get("logits_scaling") is not None:
-        scaling = config["logits_scaling"]
-        factor = scaling if config.get("model_type") == "hyperclovax" else 1 / scaling
-    return 1.0 if factor is None else float(factor), config.get("final_logit_softcapping")
-
-
-_LOGIT_FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
-
-
 # ---- the reference ---------------------------------------------------------------------------------------------------
 
 _REFERENCE_KEYS = ("ref_chosen_logps", "ref_rejected_logps")
 
 
-class _WithReference:
+class _LinearizedPolicy:
     """The model as TRL's `_compute_loss` sees it: each fused call also leaves the reference log-probs in the batch."""
 
-    def __init__(self, model: nn.Module, inputs: dict[str, Any], ld_alpha: float | None) -> None:
-        self.model, self.inputs, self.ld_alpha = model, inputs, ld_alpha
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        linearized: Linearized,
+        probe: Tensor | None,
+        gives_reference: bool,
+        ld_alpha: float | None,
+    ) -> None:
+        self.model, self.inputs, self.ld_alpha, self.gives_reference = model, inputs, ld_alpha, gives_reference
+        self.options = {"linearized": linearized, "probe": probe}
+        self.kl: Tensor | None = None  # its sum over the completion tokens, and their number
 
     def __call__(self, **kwargs: Any) -> Any:
-        output = self.model(**kwargs)
-        if kwargs.get("fused_lm_head"):
-            if output.ref_log_probs is None:
-                raise RuntimeError("The forward was expected to be linearized, but returned no reference log-probs.")
+        if not kwargs.get("fused_lm_head"):
+            return self.model(**kwargs)
+        output = self.model(**kwargs, **self.options)
+        if output.ref_log_probs is None:
+            raise RuntimeError("The forward was expected to be linearized, but returned no reference log-probs.")
+        self.kl = torch.stack([output.kl.sum(dtype=torch.float64), output.label_mask.sum()])
+        if self.gives_reference:
             reference = _sum_logps(output.ref_log_probs, self.inputs["completion_mask"][:, 1:], self.ld_alpha)
             self.inputs.update(zip(_REFERENCE_KEYS, reference.chunk(2), strict=True))
         return output

@@ -1,10 +1,13 @@
 """The PEFT method: configuration, wrapped layers, the tuner with its λ, exports. Importing it registers the method."""
 
+from tangent_peft.tuner.axes import axis_norm as axis_norm
 from tangent_peft.tuner.config import TangentConfig as TangentConfig
 from tangent_peft.tuner.export import LoraExport as LoraExport
 from tangent_peft.tuner.layer import TangentConv1D as TangentConv1D
 from tangent_peft.tuner.layer import TangentLayer as TangentLayer
 from tangent_peft.tuner.layer import TangentLinear as TangentLinear
+from tangent_peft.tuner.linearity import LinearityGap as LinearityGap
+from tangent_peft.tuner.linearity import linearity_gap as linearity_gap
 from tangent_peft.tuner.model import TangentModel as TangentModel
 from tangent_peft.tuner.model import tangent_tuner as tangent_tuner
 from tangent_peft.tuner.registration import register

@@ -37,6 +37,13 @@ def tangent_layers(model: nn.Module) -> Iterator[TangentLayer]:
     return (module for module in model.modules() if isinstance(module, TangentLayer))
 
 
+@torch.no_grad()
+def axis_norm(model: nn.Module, axis: str) -> float:
+    """‖τ‖: the Frobenius norm of an axis's ΔW over all wrapped layers, at λ = 1."""
+    squares = [layer.factors(axis, 1.0).square_norm() for layer in tangent_layers(model) if axis in layer.tangent_r]
+    return math.sqrt(sum(float(square) for square in squares))
+
+
 def check_weights(tuner: TangentModel, weights: Mapping[str, float]) -> dict[str, float]:
     """The mix as plain floats.
 

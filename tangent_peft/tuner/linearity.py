@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tangent_peft.tuner import TangentModel, tangent_tuner
+from tangent_peft.tuner.model import TangentModel, tangent_tuner
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ def linearity_gap(model: torch.nn.Module, batches: Iterable[Mapping[str, Tensor]
 
     Args:
         model: a `PeftModel` with tangent axes, the mix to judge active.
-        batches: model inputs with `input_ids` (B, T) and, if padded, `attention_mask` (B, T).
+        batches: model inputs with `input_ids` (B, T) and, if padded, `attention_mask` (B, T). With `logits_to_keep` the
+            logits it selects are compared, and must be those of real tokens.
 
     Raises:
         TypeError: if the model carries no tangent axes.
@@ -55,7 +57,8 @@ def linearity_gap(model: torch.nn.Module, batches: Iterable[Mapping[str, Tensor]
     model.eval()
     try:
         for inputs in batches:
-            real = inputs["attention_mask"].bool() if "attention_mask" in inputs else inputs["input_ids"] >= 0
+            real: Any = inputs["attention_mask"].bool() if "attention_mask" in inputs else inputs["input_ids"] >= 0
+            real = ... if "logits_to_keep" in inputs else real
             with tuner.linearized(True):
                 linear = model(**inputs, use_cache=False).logits[real]
             with tuner.linearized(False):
@@ -64,7 +67,7 @@ def linearity_gap(model: torch.nn.Module, batches: Iterable[Mapping[str, Tensor]
                 base = model(**inputs, use_cache=False).logits[real]
             squares = [x.square().sum(dtype=torch.float64).cpu() for x in (merged - linear, linear - base, base)]
             sums += torch.stack(squares)
-            tokens += int(real.sum())
+            tokens += base[..., 0].numel()
     finally:
         model.train(was_training)
     missed, moved, size = (float(value) ** 0.5 for value in sums)

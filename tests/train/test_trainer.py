@@ -92,8 +92,9 @@ def test_every_loss_equals_two_forwards(form: str, options: str, make_trainer: C
     expected_loss, expected = loss_and_gradients(trainer, lambda m, i: DPOTrainer.compute_loss(trainer, m, i))
     assert_equal(loss, expected_loss)
     assert set(gradients) == set(expected) and any("lm_head" in name for name in gradients)
+    tolerance = 1e-4 if options == "discopop" else 1e-5  # it divides log-ratios by 0.05
     for name, gradient in gradients.items():
-        assert_equal(gradient, expected[name], 1e-5 if gradient.abs().max() > 1e-6 else 1e-2)
+        assert_equal(gradient, expected[name], tolerance if gradient.abs().max() > 1e-6 else 1e-2)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -297,9 +298,12 @@ def test_bf16_autocast_trains(make_trainer: Callable[..., Any]) -> None:
 
 
 def test_explicit_reference_model(make_trainer: Callable[..., Any]) -> None:
+    """For weights that are added; a linearized axis has its reference in itself."""
     reference: PreTrainedModel = build("llama")
-    trainer = make_trainer(peft_config=config(), extra={"ref_model": reference})
-    free = make_trainer(peft_config=config())
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM.*linearize=False"):
+        make_trainer(peft_config=config(), extra={"ref_model": reference})
+    trainer = make_trainer(peft_config=config(linearize=False), extra={"ref_model": reference})
+    free = make_trainer(peft_config=config(linearize=False))
     free.model.load_state_dict(trainer.model.state_dict())
     loss, _ = loss_and_gradients(trainer, trainer.compute_loss)
     assert_equal(loss, loss_and_gradients(free, free.compute_loss)[0])
@@ -343,7 +347,7 @@ def test_bad_input(make_trainer: Callable[..., Any], tmp_path: Path) -> None:
         make_trainer(model=get_peft_model(build("llama"), LoraConfig()))
     with pytest.raises(ValueError, match="'ref'"):
         make_trainer(model=get_peft_model(build("llama"), config(), adapter_name="ref"))
-    for option in ("gradient_checkpointing", "use_liger_kernel", "torch_compile"):
+    for option in ("use_liger_kernel", "torch_compile"):
         with pytest.raises(ValueError, match=option):
             TangentDPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **{option: True})
     with pytest.raises(TypeError, match="TangentDPOConfig"):
