@@ -195,10 +195,9 @@ class _Replayed(torch.autograd.Function):
         with torch.enable_grad(), replaying() as collected:
             primals = [x.detach().requires_grad_() for x in ctx.saved_tensors]
             output = _tensors(replay.call(primals))
-            leaves = [*primals, collected.anchor]
-            found = torch.autograd.grad([output[i] for i in replay.outputs], leaves, grads, allow_unused=True)
+            torch.autograd.backward([output[i] for i in replay.outputs], grads)  # `primals` are its only leaves
         unused = (None,) * (2 + ctx.count + ctx.inputs)
-        return (*unused, *found[:-1], *(collected.gradients.get(p) for p in replay.trained))
+        return (*unused, *(x.grad for x in primals), *(collected.gradients.get(p) for p in replay.trained))
 
 
 # ---- which blocks are replayed ---------------------------------------------------------------------------------------
