@@ -39,6 +39,7 @@ for axis in ("help", "verb"):
             save_strategy="no",
             report_to="none",
             bf16=False,
+            gradient_checkpointing=False,  # there is memory to spare
             use_cpu=not torch.cuda.is_available(),
         ),
         train_dataset=Dataset.from_list(rows),

@@ -47,6 +47,7 @@ def run(form: str, rate: float, axis: str, steps: int, pairs: int) -> dict[str, 
             save_strategy="no",
             report_to="none",
             bf16=False,
+            gradient_checkpointing=False,  # there is memory to spare
             use_cpu=not torch.cuda.is_available(),
             disable_tqdm=True,
         )

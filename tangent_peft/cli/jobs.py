@@ -138,6 +138,7 @@ def train_axis(axis: Axis, options: QuickstartOptions) -> dict[str, float]:
         save_strategy="no",
         report_to="none",
         bf16=False,
+        gradient_checkpointing=False,  # there is memory to spare
         use_cpu=not torch.cuda.is_available(),
         disable_tqdm=True,
         log_level="error",

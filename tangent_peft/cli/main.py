@@ -10,14 +10,24 @@ from pathlib import Path
 from tangent_peft import __version__
 
 
+EXPECTED = (ImportError, OSError, ValueError)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status. An expected failure is one line on standard error."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["train"]:
+        return _train(arguments[1:])
     options = _parser().parse_args(arguments)
     try:
         return int(options.run(options))
-    except (ImportError, FileNotFoundError, ValueError) as error:
-        sys.stderr.write(f"tangent-peft: {error}\n")
-        return 1
+    except EXPECTED as error:
+        return _failed(error)
+
+
+def _failed(error: Exception) -> int:
+    sys.stderr.write(f"tangent-peft: {' '.join(str(error).split())}\n")
+    return 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -45,6 +55,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     quickstart.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     quickstart.set_defaults(run=_quickstart)
+    # Named here for `--help` only: its options are TRL's, which `main` leaves to TRL's parser.
+    commands.add_parser("train", help="train one axis from a YAML recipe and options, as TRL's `trl dpo` does")
     return parser
 
 
@@ -61,6 +73,17 @@ def _quickstart(options: argparse.Namespace) -> int:
 
     sizes = (options.steps, options.pairs, options.prompts, options.tokens)
     run_quickstart(QuickstartOptions(options.output, *sizes, seed=options.seed))
+    return 0
+
+
+def _train(arguments: Sequence[str]) -> int:
+    try:
+        from tangent_peft.cli.train import prepare_training
+
+        training = prepare_training(arguments)
+    except EXPECTED as error:
+        return _failed(error)
+    training.run()  # what fails from here on is not a mistake in the options, and keeps its traceback
     return 0
 
 
