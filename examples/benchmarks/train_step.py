@@ -8,7 +8,8 @@ Same base (untied), same batch, same blocks, same optimizer (AdamW, which is par
 * `lora`: stock `trl.DPOTrainer` with LoRA on every linear layer of the same blocks. TRL refuses an adapter on the head,
   so this one trains less than `low_rank`, which has the head.
 * `functorch`: TS-DPO by `torch.func.jvp` over all parameters, as the paper does it.
-* `dense`, `low_rank`: `TangentDPOTrainer`, also `_recorded`, `_replay` (how the gradient is got) and `_checkpointed`.
+* `dense`, `low_rank`: `TangentDPOTrainer`, also `_recorded`, `_replay` (how the gradient is got), `_cached` (with the
+  frozen-trunk cache) and `_checkpointed`.
 
 Every variant runs in a process of its own. For time, the two of a comparison take turns, A B A B …, one step each,
 never at once; reported is the median of the ratios of neighboring steps, and their quartiles as spread. Memory and
@@ -50,6 +51,7 @@ COMPARISONS = {
     "checkpointed_vs_dpo_checkpointed": ("dense_checkpointed", "dpo_checkpointed"),
     "replay_vs_recorded": ("dense_replay", "dense_recorded"),
     "low_rank_replay_vs_recorded": ("low_rank_replay", "low_rank_recorded"),
+    "low_rank_cached_vs_low_rank": ("low_rank_cached", "low_rank"),
     "low_rank_checkpointed_vs_dpo_checkpointed": ("low_rank_checkpointed", "dpo_checkpointed"),
 }
 MEMORY_CPU = (

@@ -11,7 +11,8 @@ This file knows modules that carry tangents (`TangentCarrier`) but not where the
 from __future__ import annotations
 
 import sys
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Iterator
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
@@ -36,7 +37,7 @@ from tangent_peft.forward.level import (
     split,
 )
 from tangent_peft.forward.randomness import random_state, refuse_randomness
-from tangent_peft.forward.replay import replay_blocks
+from tangent_peft.forward.replay import replay_blocks, replayable_blocks
 
 
 class LinearizedForward:
@@ -48,7 +49,8 @@ class LinearizedForward:
     """
 
     def __init__(self, root: nn.Module, carriers: Iterable[TangentCarrier]) -> None:
-        self.carriers = list(carriers)
+        self.root, self.carriers = root, list(carriers)
+        self._forced: Gradient | None = None
         head = find_head(root)
         self.guarded = [carrier for carrier in self.carriers if carrier is head]
         exit_ = find_exit(root, set(self.carriers))
@@ -113,7 +115,18 @@ class LinearizedForward:
                 "as weights inside `with model.linearized(False):`."
             )
 
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Has the passes inside the `with` block replayed whatever the carriers ask for, where there are blocks."""
+        before, self._forced = self._forced, "replay" if replayable_blocks(self.root) else None
+        try:
+            yield
+        finally:
+            self._forced = before
+
     def _gradient(self) -> Gradient:
+        if self._forced is not None:
+            return self._forced
         modes = set[Gradient]().union(*(carrier.gradient_modes() for carrier in self.carriers)) - {"auto"}
         if len(modes) > 1:
             raise ValueError(

@@ -217,7 +217,7 @@ def replay_blocks(opened: LinearizedPass, gradient: Gradient) -> None:
     if not root.training:  # transformers checkpoints in train mode only
         return
     enabled = [m for m in root.modules() if vars(m).get("gradient_checkpointing", False)]
-    blocks = [m for m in root.modules() if isinstance(m, GradientCheckpointingLayer)]
+    blocks = replayable_blocks(root)
     replayed = blocks if gradient == "replay" and torch.is_grad_enabled() else [m for m in blocks if m in set(enabled)]
     if not replayed and (enabled or (gradient == "replay" and torch.is_grad_enabled())):
         raise ValueError(
@@ -235,6 +235,11 @@ def replay_blocks(opened: LinearizedPass, gradient: Gradient) -> None:
         _check_checkpointing(block)
         _set_until_close(opened, block, "_gradient_checkpointing_func", functools.partial(replay_block, block))
         _set_until_close(opened, block, "gradient_checkpointing", True)
+
+
+def replayable_blocks(root: nn.Module) -> list[nn.Module]:
+    """The blocks that can be replayed: those that transformers can checkpoint."""
+    return [module for module in root.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def _check_checkpointing(block: nn.Module) -> None:

@@ -23,7 +23,7 @@ class BudgetCallback(TrainerCallback):
         limits: by name, what is measured and its limit; `None` is no limit.
     """
 
-    def __init__(self, axis: str, limits: dict[str, tuple[Callable[[], float | None], float | None]]) -> None:
+    def __init__(self, axis: str, limits: dict[str, tuple[Callable[[], float], float | None]]) -> None:
         self.axis = axis
         self.limits = {name: (read, limit) for name, (read, limit) in limits.items() if limit is not None}
 
@@ -31,7 +31,7 @@ class BudgetCallback(TrainerCallback):
         """Called by the trainer after an optimizer step."""
         for name, (read, limit) in self.limits.items():
             value = read()
-            if value is not None and value > limit:
+            if value > limit:
                 logger.warning(
                     "Training of axis %r stops at step %d: its %s is %.4g, over the limit of %.4g.",
                     *(self.axis, state.global_step, name, value, limit),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import get_args
 
+import torch
 from trl import DPOConfig
 
 from tangent_peft.forward.head import Linearized
@@ -24,13 +25,14 @@ class TangentDPOConfig(DPOConfig):
             a trained one. TRL's 1e-6 suits full fine-tuning and moves a low-rank τ nowhere.
         linearized: what is linear in τ: `"logits"` (the paper; a distribution that generates, a loss that is not
             convex) or `"log_probs"` (DPO's loss is then convex in τ; inference runs the linearized logits in any case).
-        adjoint_check_steps: check ⟨∂L/∂f_lin, Jτ⟩ = ⟨τ, ∂L/∂τ⟩ at the second step and every N steps, log the relative
-            error and stop if it is large; 0: never. Costs one more product with the head.
+        adjoint_check_steps: check ⟨∂L/∂f_lin, Jτ⟩ = ⟨τ, ∂L/∂τ⟩ at the second and third step and every N steps, log the
+            relative error and stop if it is large; 0: never. Every other check replays the step.
         linearity_gap_steps: log the linearity gap on a sample of the batch every N steps; `None`: never.
         trunk_cache: directory in which the hidden states entering the first wrapped block are stored once and reused
             over epochs and axes, see docs/trunk_cache.md; `None`: off.
         max_kl: stop when the mean KL(policy ‖ base) of a step's completion tokens, in nats, exceeds this.
         max_norm: stop when ‖τ‖, the Frobenius norm over all wrapped layers, exceeds this.
+        gradient_checkpointing: on, as in TRL; the wrapped blocks are replayed (`TangentConfig.gradient`). Off: faster.
         router_aux_loss_coef: 0; the router is frozen, there is no load to balance.
     """
 
@@ -67,6 +69,11 @@ class TangentDPOConfig(DPOConfig):
             if value:
                 raise ValueError(f"`{name}={value}` does not work with a linearized model. Use {remedy}.")
         self._check_own_options()
+        if self.activation_offloading and not torch.accelerator.is_available():
+            raise ValueError(
+                "`activation_offloading=True` moves activations from an accelerator to the host, and there is no "
+                "accelerator. Leave it out; `gradient_checkpointing=True` keeps activations small on a CPU as well."
+            )
         if self.router_aux_loss_coef:
             raise ValueError(
                 f"`router_aux_loss_coef={self.router_aux_loss_coef}`: the router is frozen, so its load-balancing loss "

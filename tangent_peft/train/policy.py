@@ -60,12 +60,17 @@ def choose_policy(
     return model, config, wrap
 
 
-def refuse_reference(ref_model: object, config: TangentConfig) -> None:
-    """Raises if a reference model comes with a linearized axis, which has its reference in itself.
+def refuse_contradictions(ref_model: object, config: TangentConfig, args: TangentDPOConfig) -> None:
+    """Raises if arguments contradict each other: a linearized axis has its reference in itself, another no tangent.
 
     Raises:
-        ValueError: naming the model's class.
+        ValueError: naming the argument.
     """
+    if args.linearized == "log_probs" and not config.linearize:
+        raise ValueError(
+            "`linearized='log_probs'` with an axis that is not linearized (`TangentConfig(linearize=False)`): it "
+            "has no tangent. Use `linearized='logits'`, or `linearize=True`."
+        )
     if ref_model is not None and config.linearize:
         raise ValueError(
             f"`ref_model` is a {type(ref_model).__name__}, but the reference of a linearized axis is the base, the "

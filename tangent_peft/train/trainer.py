@@ -38,21 +38,19 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from tangent_peft.forward import LinearizedForward
 from tangent_peft.forward.head import Linearized
-from tangent_peft.train.adjoint import AdjointCheck
 from tangent_peft.train.budget import BudgetCallback
 from tangent_peft.train.config import TangentDPOConfig
 from tangent_peft.train.finite import check_finite
 from tangent_peft.train.head import install_linearized_head
-from tangent_peft.train.policy import Wrap, choose_policy, primal_moves, refuse_reference
+from tangent_peft.train.policy import Wrap, choose_policy, primal_moves, refuse_contradictions
 from tangent_peft.train.trunk_cache import TrunkCache, open_for_training
-from tangent_peft.tuner import axis_norm, linearity_gap
+from tangent_peft.train.watch import Watch
+from tangent_peft.tuner.card import write_usage_note
 
 
 EvalData: TypeAlias = (
     Dataset | IterableDataset | DatasetDict | IterableDatasetDict | dict[str, Dataset | IterableDataset] | None
 )
-
-GAP_TOKENS = 64  # whole-vocabulary logits are compared, so a few must do
 
 _CITATION = """\
 @misc{erdogan2026tangent,
@@ -122,13 +120,11 @@ class TangentDPOTrainer(DPOTrainer):
                 f"`args` is a {type(args).__name__}; TangentDPOTrainer takes a TangentDPOConfig, which has the same "
                 "fields and defaults that suit a tangent."
             )
-        self._trunk: TrunkCache | None = None
+        self.trunk_cache: TrunkCache | None = None
         self._probe: Tensor | None = None
-        self._kl: float | None = None
-        self._checked_step = self._measured_step = 0
         args = copy.copy(args)  # completed below; the caller's object may serve for another axis
         base, peft_config, wrap = choose_policy(model, peft_config, args)
-        refuse_reference(ref_model, peft_config)
+        refuse_contradictions(ref_model, peft_config, args)
         self.axis = args.axis or "default"
         with _named_axis(wrap):
             super().__init__(
@@ -147,7 +143,8 @@ class TangentDPOTrainer(DPOTrainer):
             )
         wrapped: Any = self.model  # a PeftModel by now
         install_linearized_head(wrapped.get_base_model())
-        limits = {"KL to the base": (lambda: self._kl, args.max_kl), "norm": (self._norm, args.max_norm)}
+        self.watch = Watch(self, self.axis, args)
+        limits = {"KL to the base": (self.watch.step_kl, args.max_kl), "norm": (self.watch.norm, args.max_norm)}
         self.add_callback(BudgetCallback(self.axis, limits))
 
     @property
@@ -156,8 +153,9 @@ class TangentDPOTrainer(DPOTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As the host's; with `trunk_cache` the hidden states below the first wrapped block are stored first."""
-        if self.args.trunk_cache is not None and self._trunk is None:
-            self._trunk = open_for_training(self.args.trunk_cache, self)
+        if self.args.trunk_cache is not None and self.trunk_cache is None:
+            self.trunk_cache = open_for_training(self.args.trunk_cache, self)
+        self.watch.restart()
         return super().train(*args, **kwargs)
 
     def compute_loss(
@@ -175,7 +173,7 @@ class TangentDPOTrainer(DPOTrainer):
         linearized = self._linearized_forward
         active = linearized is not None and linearized.mix() is not None
         compute = self._linearized_loss if active else super().compute_loss
-        with nullcontext() if self._trunk is None else self._trunk.apply(inputs):
+        with nullcontext() if self.trunk_cache is None else self.trunk_cache.apply(inputs):
             result = compute(model, inputs, return_outputs, num_items_in_batch)
         data = self.train_dataset if self.model.training else self.eval_dataset
         check_finite(result[0] if return_outputs else result, inputs, self.state.global_step, self.axis, data)
@@ -193,15 +191,8 @@ class TangentDPOTrainer(DPOTrainer):
             if not given:
                 for key in _REFERENCE_KEYS:
                     inputs.pop(key, None)
-        self._record_kl(policy.kl)
+        self.watch.record_kl(policy.kl, self.state.global_step)
         return result
-
-    def _record_kl(self, kl: Tensor | None) -> None:
-        """Logs the mean KL of the batch's completion tokens; `kl` holds its sum and their number."""
-        if kl is not None:
-            total, tokens = self.accelerator.gather_for_metrics(kl[None]).sum(0).tolist()
-            self._kl = total / max(tokens, 1)
-            self._metrics["train" if self.model.training else "eval"][f"kl/{self.axis}"].append(self._kl)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """TRL's step; every `adjoint_check_steps` steps it also checks the adjoint identity.
@@ -209,57 +200,30 @@ class TangentDPOTrainer(DPOTrainer):
         Raises:
             RuntimeError: if the identity does not hold: a tangent or its gradient got lost.
         """
-        step = self.state.global_step
-        self._measure_linearity_gap(step, args[1])
-        if not self._adjoint_check_is_due(step):
+        step, linearized = self.state.global_step, self._linearized_forward
+        active = linearized is not None and linearized.mix() is not None and not primal_moves(self.model)
+        self.watch.measure_linearity_gap(step, args[1])
+        if linearized is None or not active or not self.watch.adjoint_check_is_due(step):
             return super().training_step(*args, **kwargs)
-        self._checked_step = step
-        with AdjointCheck(self.accelerator.unwrap_model(self.model), self.axis, self._compute_dtype) as check:
+        replayed = linearized.replayed() if self.watch.adjoint_check_replays() else nullcontext()
+        with self.watch.adjoint_check(step) as check, replayed:
             self._probe = check.probe
             try:
-                loss = super().training_step(*args, **kwargs)
+                return super().training_step(*args, **kwargs)
             finally:
                 self._probe = None
-        error = check.error()
-        if error is not None:
-            self._metrics["train"][f"adjoint_error/{self.axis}"].append(error)
-            check.require(error, step, self.axis)
-        return loss
-
-    def _adjoint_check_is_due(self, step: int) -> bool:
-        """At the second step, when τ has left zero, and every N steps; once per step also with accumulation."""
-        every = self.args.adjoint_check_steps
-        linearized = self._linearized_forward
-        active = linearized is not None and linearized.mix() is not None and not primal_moves(self.model)
-        return bool(every) and active and step != self._checked_step and (step == 1 or (step > 0 and step % every == 0))
-
-    @property
-    def _compute_dtype(self) -> torch.dtype:
-        named = {"bf16": torch.bfloat16, "fp16": torch.float16}
-        base = next(p for name, p in self.model.named_parameters() if ".tangent_" not in name)
-        return named.get(self.accelerator.mixed_precision, base.dtype)
-
-    def _measure_linearity_gap(self, step: int, inputs: dict[str, Any]) -> None:
-        """Logs the gap every `linearity_gap_steps` steps, on answer tokens of the batch's first row."""
-        every = self.args.linearity_gap_steps
-        if every is None or step % every or step == self._measured_step:
-            return
-        self._measured_step = step
-        answer = inputs["completion_mask"][0].nonzero().view(-1)
-        sample = {name: inputs[name][:1] for name in ("input_ids", "attention_mask")}
-        sample["logits_to_keep"] = answer[:GAP_TOKENS] - 1
-        model = self.accelerator.unwrap_model(self.model)
-        gap = linearity_gap(model, [self._prepare_inputs(sample)])
-        self._metrics["train"][f"linearity_gap/{self.axis}"].append(gap.gap)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """TRL's logs, with the size of τ."""
         if "loss" in logs:
-            logs[f"norm/{self.axis}"] = self._norm()
+            logs[f"norm/{self.axis}"] = self.watch.norm()
         super().log(logs, start_time)
 
-    def _norm(self) -> float:
-        return axis_norm(self.accelerator.unwrap_model(self.model), self.axis)
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """TRL's card, which replaces the adapter's; what to import before loading it goes below."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            write_usage_note(Path(self.args.output_dir or "."))
 
     def _load_best_model(self) -> None:
         """As the host's, which looks for the adapter in the checkpoint itself, where only "default" lies."""

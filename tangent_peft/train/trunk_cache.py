@@ -1,9 +1,8 @@
 """The frozen-trunk cache: hidden states that enter the first wrapped block, kept on disk over epochs and axes.
 
 A row is one sequence, keyed by the hash of its real tokens: no columns in the dataset, truncation covered, never a row
-of other data. A directory holds one folder per trunk, named by a hash of all its weights. Rows lie in safetensors files
-that are written once, renamed into place and mapped into memory; each is its own index, so several processes may read
-and write at once, and an interrupted build is continued. How a model is cut is not known here, but in `forward/trunk`.
+of other data. A directory holds one folder per trunk, named by a hash of all its weights. How rows lie on disk is known
+to `trunk_store.py`, how a model is cut to `forward/trunk.py`.
 """
 
 from __future__ import annotations
@@ -11,9 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -24,12 +22,13 @@ import torch
 import transformers
 from datasets import Dataset
 from peft import PeftModel
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import Trainer
 
 from tangent_peft.forward.trunk import PROBE_TOLERANCE, Autocast, Trunk
+from tangent_peft.train.trunk_store import RowStore, digest, write_whole
 from tangent_peft.tuner.targets import find_blocks
 
 
@@ -57,51 +56,6 @@ class TrunkPlan:
     rows: int
     tokens: int
     bytes: int
-
-
-class RowStore:
-    """Rows (T, D) by key in the files of one folder; `pending` ones are not written yet."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.tokens = 0
-        self.pending: dict[str, Tensor] = {}
-        self._files: dict[str, Any] = {}  # name -> mapped file; `None` for a damaged one
-        self.keys: dict[str, str] = {}  # key -> name of its file
-        folder.mkdir(parents=True, exist_ok=True)
-        self.refresh()
-
-    def __contains__(self, key: str) -> bool:
-        return key in self.keys or key in self.pending
-
-    def refresh(self) -> None:
-        """Finds the files that other processes wrote; one that is cut off is left alone and named in a warning."""
-        for path in sorted(self.folder.glob("rows-*.safetensors")):
-            if path.name in self._files:
-                continue
-            try:
-                self._files[path.name] = file = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as error:
-                self._files[path.name] = None
-                log.warning("Trunk cache: %s is damaged (%s) and not used; its rows are computed again.", path, error)
-                continue
-            self.keys.update(dict.fromkeys(file.keys(), path.name))
-            self.tokens += int(file.metadata()["tokens"])
-
-    def read(self, key: str) -> Tensor:
-        """The row (T, D): mapped from its file, of which only its pages are read."""
-        return self.pending[key] if key in self.pending else self._files[self.keys[key]].get_tensor(key)
-
-    def flush(self) -> None:
-        """Writes the pending rows as one file, completely or not at all."""
-        if not self.pending:
-            return
-        name = f"rows-{_digest(''.join(sorted(self.pending)).encode())}.safetensors"
-        tokens = sum(len(row) for row in self.pending.values())
-        _write(self.folder / name, lambda path: save_file(self.pending, path, {"tokens": str(tokens)}))
-        self._files.pop(name, None)  # a damaged one of the same rows has been replaced
-        self.pending = {}
-        self.refresh()
 
 
 class TrunkCache:
@@ -222,7 +176,7 @@ class TrunkCache:
         """Writes what is not on disk yet."""
         if self.store.pending:
             self.store.flush()
-            _write(self.folder / "meta.json", lambda path: path.write_text(json.dumps(self._meta(), indent=1)))
+            write_whole(self.folder / "meta.json", lambda path: path.write_text(json.dumps(self._meta(), indent=1)))
 
     def lookup(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor | None:
         """The stored hidden states (B, T, D) of a batch, on its device, zero at padding; `None` if a row is missing.
@@ -278,7 +232,7 @@ class TrunkCache:
         path = self.folder / "probe.safetensors"
         found = self.trunk.probe.contiguous()
         if not path.exists():
-            _write(path, lambda unfinished: save_file({"probe": found}, unfinished))
+            write_whole(path, lambda unfinished: save_file({"probe": found}, unfinished))
         with safe_open(path, framework="pt") as file:
             stored = file.get_tensor("probe").double()
         error = float((stored - found.double()).norm() / stored.norm())
@@ -346,23 +300,7 @@ def _rows(batch: Mapping[str, Any]) -> list[tuple[str, Tensor]] | None:
     if not torch.equal(mask.ne(0), torch.arange(ids.shape[1]) < lengths[:, None]):
         return None  # padded on the left, or with holes
     rows = [row[:length] for row, length in zip(ids, lengths.tolist(), strict=True)]
-    return [(_digest(row.long().contiguous().numpy().tobytes()), row) for row in rows]
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
-
-
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes a file beside `path`, waits until it is on disk, and renames it."""
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
-    try:
-        write(unfinished)
-        with unfinished.open("rb+") as file:
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    return [(digest(row.long().contiguous().numpy().tobytes()), row) for row in rows]
 
 
 def _collated(dataset: Dataset, trainer: Trainer) -> Iterator[Mapping[str, Any]]:

@@ -15,6 +15,7 @@ from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from tolerances import assert_equal
 from torch import Tensor
+from training import first_batch_of, loss_and_gradients
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer
 
@@ -37,49 +38,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "use_weighting": {"use_weighting": True},
     "precompute": {"precompute_ref_log_probs": True},
 }
-
-
-@pytest.fixture
-def make_trainer(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, pairs: list[dict[str, Any]]) -> Callable[..., Any]:
-    def make(
-        model: Any = None, peft_config: Any = None, train_dataset: Any = None, extra: Any = None, **options: Any
-    ) -> TangentDPOTrainer:
-        arguments = {
-            "output_dir": str(tmp_path / "run"),
-            "per_device_train_batch_size": 4,
-            "max_steps": 3,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "use_cpu": True,
-            "bf16": False,
-            "beta": 0.5,
-            "disable_tqdm": True,
-            "dataloader_pin_memory": False,
-        }
-        return TangentDPOTrainer(
-            model=build("llama") if model is None else model,
-            args=TangentDPOConfig(**{**arguments, **options}),
-            train_dataset=Dataset.from_list(pairs) if train_dataset is None else train_dataset,
-            processing_class=tokenizer,
-            peft_config=peft_config,
-            **(extra or {}),
-        )
-
-    return make
-
-
-def loss_and_gradients(trainer: TangentDPOTrainer, compute: Callable[..., Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    model = trainer.model.train()
-    model.zero_grad()
-    loss = compute(model, first_batch_of(trainer))
-    loss.backward()
-    return loss, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def first_batch_of(trainer: TangentDPOTrainer) -> dict[str, Any]:
-    torch.manual_seed(0)
-    return next(iter(trainer.get_train_dataloader()))
 
 
 @pytest.mark.parametrize("options", OPTIONS)

@@ -115,6 +115,7 @@ def predict(s: Sizes) -> dict[str, float]:
         "dense_recorded": forward + 2 * dense + head_dense,
         "dense_replay": forward + dense + again + back_full + head_dense,
         "low_rank_recorded": forward + 2 * low_rank - k * p.low_in + head_low,
+        "low_rank_cached": forward - (blocks - k) * block + 2 * low_rank - k * p.low_in + head_low,
         "low_rank_replay": forward + low_rank + again + back_frozen + k * low + head_low,
     }
 

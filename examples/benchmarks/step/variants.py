@@ -29,7 +29,7 @@ def run_variant(name: str, setting: Setting, serve: Serve) -> None:
 
     Args:
         name: `dpo_same_layers`, `dpo_all`, `dpo_checkpointed`, `lora`, `functorch`, or `dense` and `low_rank`, each
-            alone or followed by `_recorded` or `_replay`, and by `_checkpointed`.
+            alone or followed by `_recorded`, `_replay` or `_cached`, and by `_checkpointed`.
         setting: what to build it from.
         serve: called once.
 
@@ -120,7 +120,10 @@ def _tangent(model: Any, setting: Setting, checkpointing: bool, form: str) -> Ta
     )
     return TangentDPOTrainer(
         model=model,
-        args=TangentDPOConfig(**_arguments(setting, checkpointing)),
+        args=TangentDPOConfig(
+            **_arguments(setting, checkpointing),
+            trunk_cache=str(setting.folder / "trunk") if form.endswith("_cached") else None,
+        ),
         train_dataset=tiny_dataset(),
         processing_class=tiny_tokenizer(),
         peft_config=TangentConfig(task_type="CAUSAL_LM", r=rank, num_layers=setting.layers, **options),
@@ -135,6 +138,8 @@ class _HandOver(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called by the trainer when all is set up."""
+        if isinstance(self.trainer, TangentDPOTrainer) and self.trainer.trunk_cache is not None:
+            self.trainer.trunk_cache.build([self.batch])
         self.serve(self._step)
         control.should_training_stop = True
 
