@@ -43,9 +43,8 @@ class Watch:
     def _model(self) -> Any:
         return self.trainer.accelerator.unwrap_model(self.trainer.model)
 
-    def _log(self, name: str, value: float) -> None:
-        mode = "train" if self._model.training else "eval"
-        self.trainer._metrics[mode][f"{name}/{self.axis}"].append(value)
+    def _log(self, name: str, value: float, training: bool = True) -> None:
+        self.trainer._metrics["train" if training else "eval"][f"{name}/{self.axis}"].append(value)
 
     def norm(self) -> float:
         """‖τ‖."""
@@ -63,8 +62,9 @@ class Watch:
         if kl is None:
             return
         kl = self.trainer.accelerator.gather_for_metrics(kl[None]).sum(0).cpu()
-        self._log("kl", _mean(kl))
-        if self._model.training:  # batches that are accumulated into one step count as one
+        training = self._model.training
+        self._log("kl", _mean(kl), training)
+        if training:  # batches that are accumulated into one step count as one
             self._kl = self._kl + kl if step + 1 == self._kl_step else kl
             self._kl_step = step + 1
 
