@@ -223,7 +223,8 @@ class TangentDPOTrainer(DPOTrainer):
         """TRL's card, which replaces the adapter's; what to import before loading it goes below."""
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
-            write_usage_note(Path(self.args.output_dir or "."))
+            folder = None if self.axis == "default" else self.axis  # as PEFT saves it
+            write_usage_note(Path(self.args.output_dir or "."), folder)
 
     def _load_best_model(self) -> None:
         """As the host's, which looks for the adapter in the checkpoint itself, where only "default" lies."""

@@ -7,8 +7,8 @@ from pathlib import Path
 
 _MARK = "<!-- tangent-peft -->"
 
-_NOTE = f"""
-{_MARK}
+_NOTE = """
+{mark}
 ## Loading this axis
 
 This is a tangent axis (TS-DPO, arXiv 2602.01128) of the `tangent_peft` package. Import the package first: without it
@@ -18,7 +18,7 @@ PEFT does not know the type and stops with `KeyError: 'TANGENT'`.
 import tangent_peft  # registers the adapter type
 from peft import AutoPeftModelForCausalLM
 
-model = AutoPeftModelForCausalLM.from_pretrained("this-directory")
+model = AutoPeftModelForCausalLM.from_pretrained("{path}")
 ```
 
 The model then runs linearized. `model.combine_axes({{"default": 0.5}})` sets the axis weight,
@@ -26,9 +26,15 @@ The model then runs linearized. `model.combine_axes({{"default": 0.5}})` sets th
 """
 
 
-def write_usage_note(directory: Path) -> None:
-    """Appends the loading instructions to the directory's README.md, once."""
+def write_usage_note(directory: Path, subfolder: str | None = None) -> None:
+    """Appends the loading instructions to the directory's README.md, once.
+
+    Args:
+        directory: where the README is.
+        subfolder: where in it the axis is, if not in the directory itself.
+    """
     readme = directory / "README.md"
     text = readme.read_text(encoding="utf-8") if readme.is_file() else "---\nlibrary_name: peft\n---\n"
     if _MARK not in text:
-        readme.write_text(text + _NOTE, encoding="utf-8")
+        path = "this-directory" if subfolder is None else f"this-directory/{subfolder}"
+        readme.write_text(text + _NOTE.format(mark=_MARK, path=path), encoding="utf-8")

@@ -351,6 +351,7 @@ def test_push_to_hub(
     assert {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in files.iterdir()}
     card = (tmp_path / "uploaded" / "README.md").read_text()
     assert "2602.01128" in card and "import tangent_peft" in card
+    assert f'from_pretrained("this-directory{"" if axis == "default" else "/verb"}")' in card
 
 
 def test_trunk_cache_trains_as_without(make_trainer: Callable[..., Any], tmp_path: Path) -> None:
