@@ -7,6 +7,7 @@ from tangent_peft.forward.deposit import deposit as deposit
 from tangent_peft.forward.deposit import is_replaying as is_replaying
 from tangent_peft.forward.dual import LinearizedForward as LinearizedForward
 from tangent_peft.forward.exits import find_head as find_head
+from tangent_peft.forward.flash import use_flash_tangent as use_flash_tangent
 from tangent_peft.forward.level import current_pass as current_pass
 from tangent_peft.forward.level import dual as dual
 from tangent_peft.forward.level import join as join

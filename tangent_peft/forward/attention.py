@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from tangent_peft.forward.flash import can_flash, flash_tangent
 from tangent_peft.forward.level import LinearizedPass, current_pass, dual, split
 from tangent_peft.forward.rules import AttentionShape, AttentionTangent, tangent_by_chunks
 
@@ -123,6 +124,8 @@ def tangent_attention(
         # A weight below the tangent trains as well: its gradient passes through the primal, so autograd records all.
         with torch.autocast(q.device.type, enabled=False):
             tangent = tangent_by_chunks(primals, tangents, mask, sinks, shape)
+    elif can_flash(primals[0], primals[2]):
+        tangent = flash_tangent(primals, tangents, mask, sinks, shape)
     else:
         tangent = AttentionTangent.apply(*primals, *tangents, mask, sinks, shape)
     return dual(out, tangent.transpose(1, 2)), weights
