@@ -15,7 +15,7 @@ EXPECTED = (ImportError, OSError, ValueError)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns its exit status. An expected failure is one line on standard error."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
     if arguments[:1] == ["train"]:
         return _train(arguments[1:])
     options = _parser().parse_args(arguments)

@@ -95,7 +95,8 @@ class _Deposit(torch.autograd.Function):
         keeps_x = any(f is not None and f.requires_grad for f in (factors[0], factors[2]))
         ctx.save_for_backward(x if keeps_x else None, narrow, b)
         ctx.scale, ctx.factors, ctx.replay = scale, factors, replay
-        return y.view_as(y)
+        ctx.mark_dirty(y)  # nobody else has it, and unlike a view it may be changed in place afterwards
+        return y
 
     @staticmethod
     @once_differentiable

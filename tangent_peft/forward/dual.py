@@ -98,7 +98,7 @@ class LinearizedForward:
         self._guard(True)  # not before: the pass of another thread that just ended took it away
         try:
             derive_attention(opened)
-            replay_blocks(opened, self._gradient())
+            replay_blocks(opened, self._gradient(), self._forced is None, kwargs)
             freeze_input(opened)
             if root.training and torch.is_grad_enabled():
                 opened.random_state = random_state(_device(root))
@@ -117,7 +117,7 @@ class LinearizedForward:
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
-        """Has the passes inside the `with` block replayed whatever the carriers ask for, where there are blocks."""
+        """Has passes inside the `with` block replay all blocks that can be, whatever the carriers ask for."""
         before, self._forced = self._forced, "replay" if replayable_blocks(self.root) else None
         try:
             yield
@@ -169,10 +169,15 @@ def freeze_input(opened: LinearizedPass) -> None:
     Gradient checkpointing of ordinary adapters makes them require one (`enable_input_require_grads`), for torch's
     reentrant kind. Here it would make autograd record the primal, of which nothing trains.
     """
-    root = opened.root
-    embedding = root.get_input_embeddings() if isinstance(root, PreTrainedModel) else None
-    if torch.is_grad_enabled() and isinstance(embedding, nn.Module):
-        opened.contexts.callback(embedding.register_forward_hook(_detach_frozen).remove)
+    if not torch.is_grad_enabled():
+        return
+    for model in [module for module in opened.root.modules() if isinstance(module, PreTrainedModel)]:
+        try:
+            embedding = model.get_input_embeddings()
+        except NotImplementedError:  # as in `enable_input_require_grads`, which asks every model inside as well
+            continue
+        if isinstance(embedding, nn.Module):
+            opened.contexts.callback(embedding.register_forward_hook(_detach_frozen).remove)
 
 
 def _detach_frozen(module: nn.Module, args: Any, output: Any) -> Any:

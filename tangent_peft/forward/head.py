@@ -16,14 +16,16 @@ For the chosen label y and upstream gradient g of log p(y), with q the softmax o
     ∂/∂z = g·(onehot(y) − q) =: ζ           (times s, and the slope of the soft-cap)
     ḣ: Wᵀζ     Δ: ζ hᵀ     B: ζ (A h)ᵀ     A: (Bᵀζ) hᵀ     h: (W + Δ)ᵀζ     W: ζ (h + ḣ)ᵀ
 
-(the last two for linearized logits only). Only tokens that carry a label are scored, a chunk at a time; the backward
-pass computes the logits of a chunk anew, in one product W (h + ḣ). The reference is never differentiated. This file
-knows tensors only: no model, no loss.
-Letters: N tokens, D hidden size, V vocabulary, R rank.
+(the last two for linearized logits only). Only tokens that carry a label are scored, in tiles of a chunk of tokens by a
+part of the vocabulary, over which the softmax is taken online; the backward pass computes the logits of a tile anew,
+in float32 as one product W (h + ḣ). The reference is never differentiated. This file knows tensors only: no model, no
+loss.
+Letters: N tokens, D hidden size, V vocabulary, R rank; in a tile n tokens, v entries of the vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -31,8 +33,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tangent_peft.forward.softmax import OnlineSoftmax
 
-CHUNK_ELEMENTS = 2**22  # logits held at a time: 16 MiB in float32, a few times over
+
+TILE_CPU = (512, 8192)  # tokens and entries of the vocabulary: 16 MiB of logits in float32, a few times over
+TILE_ACCELERATOR = (1024, 32768)  # 128 MiB likewise: large enough that reading W costs less than multiplying by it
 
 Linearized: TypeAlias = Literal["logits", "log_probs"]
 
@@ -117,49 +122,57 @@ def score_tokens(
 
 
 @dataclass(frozen=True)
-class _Problem:
-    """The tensors of one call in its compute dtype; logits are (n, V) in at least float32, before the soft-cap."""
+class _Tile:
+    """A part of the problem, in its compute dtype: some tokens, some entries of the vocabulary.
 
-    hidden: Tensor
-    tangent: Tensor | None
-    weight: Tensor
-    bias: Tensor | None
-    dense: Tensor | None
-    b: Tensor | None
-    a: Tensor | None
+    Logits are (n, v) in at least float32, before the soft-cap.
+    """
+
+    hidden: Tensor  # (n, D)
+    tangent: Tensor | None  # (n, D)
+    weight: Tensor  # (v, D)
+    bias: Tensor | None  # (v,)
+    dense: Tensor | None  # (v, D)
+    b: Tensor | None  # (v, R)
+    a: Tensor | None  # (R, D)
     scale: float
     softcap: float | None
     linearized: Linearized
 
-    def primal_logits(self, rows: slice, shift: Tensor | None = None) -> Tensor:
+    def primal_logits(self, shift: Tensor | None = None) -> Tensor:
         """z₀, or s·(W (h + shift) + b)."""
-        h = self.hidden[rows] if shift is None else self.hidden[rows] + shift
+        h = self.hidden if shift is None else self.hidden + shift
         return self._scaled(h @ self.weight.mT if self.bias is None else torch.addmm(self.bias, h, self.weight.mT))
 
-    def own_tangent(self, rows: slice) -> Tensor | None:
+    def own_tangent(self) -> Tensor | None:
         """s·Δ h, what the head's own tangent adds."""
         own = None
         if self.dense is not None:
-            own = self.hidden[rows] @ self.dense.mT
+            own = self.hidden @ self.dense.mT
         if self.b is not None and self.a is not None:
-            low_rank = (self.hidden[rows] @ self.a.mT) @ self.b.mT
+            low_rank = (self.hidden @ self.a.mT) @ self.b.mT
             own = low_rank if own is None else own + low_rank
         return None if own is None else self._scaled(own)
 
-    def tangent_logits(self, rows: slice) -> Tensor:
-        """ż."""
-        own = self.own_tangent(rows)
+    def tangent_logits(self) -> Tensor | None:
+        """ż; `None` where nothing carries a tangent."""
+        own = self.own_tangent()
         if self.tangent is None:
-            return torch.zeros_like(self.primal_logits(rows)) if own is None else own
-        through = self._scaled(self.tangent[rows] @ self.weight.mT)
+            return own
+        through = self._scaled(self.tangent @ self.weight.mT)
         return through if own is None else through.add_(own)
 
-    def differentiated_logits(self, rows: slice) -> Tensor:
-        """The logits whose softmax is q, as one product with W."""
+    def policy_logits(self, primal: Tensor, tangent: Tensor | None) -> Tensor:
+        """z, written so that τ = 0 gives z₀ bit for bit."""
+        return primal if tangent is None else primal + tangent
+
+    def differentiated_logits(self) -> Tensor:
+        """The logits whose softmax is q: as one product with W where rounding h + ḣ loses nothing that z has."""
         if self.linearized == "log_probs":
-            return self.primal_logits(rows)
-        logits = self.primal_logits(rows, None if self.tangent is None else self.tangent[rows])
-        own = self.own_tangent(rows)
+            return self.primal_logits()
+        if self.hidden.dtype.itemsize < 4:
+            return self.policy_logits(self.primal_logits(), self.tangent_logits())
+        logits, own = self.primal_logits(self.tangent), self.own_tangent()
         return logits if own is None else logits.add_(own)
 
     def capped(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -169,14 +182,40 @@ class _Problem:
         bounded = torch.tanh(logits / self.softcap)
         return bounded * self.softcap, 1 - bounded**2
 
-    def chunks(self) -> list[slice]:
-        """Slices of tokens whose logits fit in `CHUNK_ELEMENTS`."""
-        step = max(1, CHUNK_ELEMENTS // self.weight.shape[0])
-        return [slice(start, start + step) for start in range(0, self.hidden.shape[0], step)]
-
     def _scaled(self, logits: Tensor) -> Tensor:
         logits = _upcast(logits)
         return logits if self.scale == 1.0 else logits * self.scale
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """All tensors of one call in its compute dtype: h, ḣ, W, b, Δ, B, A."""
+
+    tensors: tuple[Any, ...]
+    scale: float
+    softcap: float | None
+    linearized: Linearized
+
+    def rows(self) -> list[slice]:
+        """Chunks of tokens."""
+        return _slices(self.tensors[0].shape[0], self._tile_size[0])
+
+    def tiles(self, rows: slice) -> Iterator[tuple[slice, _Tile]]:
+        """The tiles of a chunk of tokens, with the part of the vocabulary that each covers."""
+        hidden, tangent, weight, bias, dense, b, a = self.tensors
+        h, dh = hidden[rows], None if tangent is None else tangent[rows]
+        options = self.scale, self.softcap, self.linearized
+        for columns in _slices(weight.shape[0], self._tile_size[1]):
+            part: list[Any] = [None if x is None else x[columns] for x in (weight, bias, dense, b)]
+            yield columns, _Tile(h, dh, part[0], part[1], part[2], part[3], a, *options)
+
+    @property
+    def _tile_size(self) -> tuple[int, int]:
+        return TILE_CPU if self.tensors[0].device.type == "cpu" else TILE_ACCELERATOR
+
+
+def _slices(length: int, step: int) -> list[slice]:
+    return [slice(start, min(start + step, length)) for start in range(0, length, step)]
 
 
 def _upcast(x: Tensor) -> Tensor:
@@ -191,20 +230,20 @@ class _ScoreTokens(torch.autograd.Function):
         *learned, probe, labels, scale, softcap, linearized = rest
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-        ctx.save_for_backward(hidden, tangent, *learned, probe, labels)
         ctx.options = dtype, scale, softcap, linearized
         problem = _problem((hidden, tangent, *learned), *ctx.options)
         with torch.autocast(device, enabled=False):
-            chunks = [_describe(problem, rows, labels[rows]) for rows in problem.chunks()]
-        fields = tuple(torch.cat(column) for column in zip(*chunks, strict=True)) if chunks else _nothing(hidden)
+            chunks = [_describe(problem, rows, labels[rows]) for rows in problem.rows()]
+        *fields, normalizer = map(torch.cat, zip(*chunks, strict=True)) if chunks else _nothing(hidden)
+        ctx.save_for_backward(hidden, tangent, *learned, probe, labels, normalizer)
         ctx.mark_non_differentiable(*fields[1:])
         ctx.set_materialize_grads(False)
-        return fields
+        return tuple(fields)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Tensor | None, ...]:
-        *inputs, probe, labels = ctx.saved_tensors
+        *inputs, probe, labels, normalizer = ctx.saved_tensors
         if grad is None:
             return (None,) * (len(inputs) + 5)
         problem = _problem(inputs, *ctx.options)
@@ -213,90 +252,83 @@ class _ScoreTokens(torch.autograd.Function):
             torch.zeros_like(x, dtype=_upcast(x).dtype) if need else None for x, need in zip(inputs, needs, strict=True)
         ]
         probe_grad = torch.zeros_like(probe, dtype=torch.float64) if probed else None
-        for rows in problem.chunks():
-            zeta = _cotangent(problem, rows, labels[rows], grad[rows])
-            if probe_grad is not None:
-                probe_grad += (zeta * problem.tangent_logits(rows)).sum(dtype=torch.float64)
-            _pull_back(problem, zeta.mul_(problem.scale).to(problem.hidden.dtype), rows, grads)
+        for rows in problem.rows():
+            for columns, tile in problem.tiles(rows):
+                zeta = _cotangent(tile, labels[rows] - columns.start, normalizer[rows], grad[rows])
+                tangent = None if probe_grad is None else tile.tangent_logits()
+                if probe_grad is not None and tangent is not None:
+                    probe_grad += (zeta * tangent).sum(dtype=torch.float64)
+                _pull_back(tile, zeta.mul_(tile.scale).to(tile.hidden.dtype), rows, columns, grads)
         cast = (g if g is None else g.to(x.dtype) for g, x in zip(grads, inputs, strict=True))
         return (*cast, None if probe_grad is None else probe_grad.to(probe.dtype), None, None, None, None)
 
 
-def _problem(tensors: Any, dtype: torch.dtype, scale: float, softcap: float | None, linearized: Linearized) -> _Problem:
-    cast: list[Any] = [None if x is None else x.detach().to(dtype) for x in tensors]
-    hidden, tangent, weight, bias, dense, b, a = cast
-    return _Problem(hidden, tangent, weight, bias, dense, b, a, scale, softcap, linearized)
+def _problem(tensors: Any, dtype: torch.dtype, *options: Any) -> _Problem:
+    return _Problem(tuple(None if x is None else x.detach().to(dtype) for x in tensors), *options)
 
 
 def _describe(problem: _Problem, rows: slice, labels: Tensor) -> tuple[Tensor, ...]:
-    """The fields of `TokenScores` for a chunk."""
-    chosen = labels[:, None]
-    primal, tangent = problem.primal_logits(rows), problem.tangent_logits(rows)
-    # Written alike for policy and reference, so that τ = 0 gives equal log-probs bit for bit.
-    policy, _ = problem.capped(primal + tangent)
-    reference, slope = problem.capped(primal)
-    (probs, lse, top), (ref_probs, ref_lse, _) = _distribution(policy), _distribution(reference)
-    label_logit = policy.gather(1, chosen).squeeze(1)
-    log_probs, ref_log_probs = label_logit - lse, reference.gather(1, chosen).squeeze(1) - ref_lse
-    mean_policy = _dot(probs, policy)
-    fields = (
-        lse - mean_policy,  # entropy
-        _dot(probs, probs).log(),
-        policy.mean(-1),
-        label_logit >= top,
-        mean_policy - _dot(probs, reference) - (lse - ref_lse),  # KL
-    )
+    """The fields of `TokenScores` for a chunk, and the log-sum-exp of the logits whose softmax is q."""
+    policy, reference = OnlineSoftmax(labels), OnlineSoftmax(labels)
+    total: Any = 0
+    for columns, tile in problem.tiles(rows):
+        primal, tangent = tile.primal_logits(), tile.tangent_logits()
+        z, _ = tile.capped(tile.policy_logits(primal, tangent))
+        z0, slope = tile.capped(primal)
+        total = total + z.sum(-1)
+        policy.add(columns.start, z, z, z0)
+        change = torch.zeros_like(z) if tangent is None else tangent if slope is None else tangent * slope
+        reference.add(columns.start, z0, *([change] if problem.linearized == "log_probs" else []))
+    (mean_policy, mean_reference), lse, ref_lse = policy.means(), policy.log_sum_exp(), reference.log_sum_exp()
+    log_probs, ref_log_probs = policy.of_label[0] - lse, reference.of_label[0] - ref_lse
     if problem.linearized == "log_probs":
-        change = tangent if slope is None else tangent * slope
-        log_probs = ref_log_probs + change.gather(1, chosen).squeeze(1) - _dot(ref_probs, change)
-    return log_probs, ref_log_probs, *fields
+        log_probs = ref_log_probs + reference.of_label[1] - reference.means()[0]
+    return (
+        log_probs,
+        ref_log_probs,
+        lse - mean_policy,  # entropy
+        policy.log_sum_of_squares(),
+        total / problem.tensors[2].shape[0],
+        policy.of_label[0] >= policy.top,
+        mean_policy - mean_reference - (lse - ref_lse),  # KL
+        ref_lse if problem.linearized == "log_probs" else lse,
+    )
 
 
-def _distribution(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Softmax (n, V), log-sum-exp (n,) and largest logit (n,), in few passes over the vocabulary."""
-    probs, top = torch.softmax(logits, dim=-1), logits.amax(-1)
-    return probs, top - probs.amax(-1).log(), top
-
-
-def _dot(left: Tensor, right: Tensor) -> Tensor:
-    """Σ_v left·right (n,), without a product of size (n, V)."""
-    return torch.bmm(left[:, None, :], right[:, :, None]).view(-1)
-
-
-def _cotangent(problem: _Problem, rows: slice, labels: Tensor, grad: Tensor) -> Tensor:
-    """ζ of a chunk (n, V), with the soft-cap's slope and without s."""
-    logits, slope = problem.capped(problem.differentiated_logits(rows))
-    zeta = torch.softmax(logits, dim=-1).neg_()
-    zeta.scatter_add_(1, labels[:, None], torch.ones_like(zeta[:, :1]))
-    zeta.mul_(grad[:, None])
+def _cotangent(tile: _Tile, labels: Tensor, normalizer: Tensor, grad: Tensor) -> Tensor:
+    """ζ of a tile (n, v), with the soft-cap's slope and without s; `labels` count from the tile's first entry."""
+    logits, slope = tile.capped(tile.differentiated_logits())
+    zeta = logits.sub(normalizer[:, None]).exp_().mul_(-grad[:, None])
+    inside = (labels >= 0) & (labels < zeta.shape[1])
+    zeta[inside, labels[inside]] += grad[inside].to(zeta.dtype)
     return zeta if slope is None else zeta.mul_(slope)
 
 
 def _nothing(hidden: Tensor) -> tuple[Tensor, ...]:
     empty = hidden.new_zeros(0, dtype=torch.float32)
-    return (empty, *(empty.clone() for _ in range(4)), empty.bool(), empty.clone())
+    return (empty, *(empty.clone() for _ in range(4)), empty.bool(), empty.clone(), empty.clone())
 
 
-def _pull_back(problem: _Problem, zeta: Tensor, rows: slice, grads: list[Tensor | None]) -> None:
-    """Adds a chunk's share to the gradients of h, ḣ, W, b, Δ, B, A, where they are asked for."""
+def _pull_back(tile: _Tile, zeta: Tensor, rows: slice, columns: slice, grads: list[Tensor | None]) -> None:
+    """Adds a tile's share to the gradients of h, ḣ, W, b, Δ, B, A, where they are asked for."""
     g_hidden, g_tangent, g_weight, g_bias, g_dense, g_b, g_a = grads
-    h = problem.hidden[rows]
-    through_weight = zeta @ problem.weight if g_hidden is not None or g_tangent is not None else None
+    h = tile.hidden
+    through_weight = zeta @ tile.weight if g_hidden is not None or g_tangent is not None else None
     if g_tangent is not None and through_weight is not None:
         g_tangent[rows] += through_weight
     if g_hidden is not None and through_weight is not None:
         g_hidden[rows] += through_weight
-        if problem.dense is not None:
-            g_hidden[rows] += zeta @ problem.dense
-        if problem.b is not None and problem.a is not None:
-            g_hidden[rows] += (zeta @ problem.b) @ problem.a
+        if tile.dense is not None:
+            g_hidden[rows] += zeta @ tile.dense
+        if tile.b is not None and tile.a is not None:
+            g_hidden[rows] += (zeta @ tile.b) @ tile.a
     if g_weight is not None:
-        g_weight += zeta.mT @ (h if problem.tangent is None else h + problem.tangent[rows])
+        g_weight[columns] += zeta.mT @ (h if tile.tangent is None else h + tile.tangent)
     if g_bias is not None:
-        g_bias += zeta.sum(0)
+        g_bias[columns] += zeta.sum(0)
     if g_dense is not None:
-        g_dense += zeta.mT @ h
-    if g_b is not None and problem.a is not None:
-        g_b += zeta.mT @ (h @ problem.a.mT)
-    if g_a is not None and problem.b is not None:
-        g_a += (zeta @ problem.b).mT @ h
+        g_dense[columns] += zeta.mT @ h
+    if g_b is not None and tile.a is not None:
+        g_b[columns] += zeta.mT @ (h @ tile.a.mT)
+    if g_a is not None and tile.b is not None:
+        g_a += (zeta @ tile.b).mT @ h

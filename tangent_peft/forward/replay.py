@@ -19,14 +19,16 @@ the other would recompute them outside of the dual level.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
+from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tangent_peft.forward.carrier import Gradient, TangentCarrier
@@ -62,7 +64,10 @@ class _Call:
 
     @classmethod
     def of(cls, function: Callable[..., Any], args: tuple[Any, ...], device: str) -> tuple[_Call, list[Tensor]]:
-        """The call with a hole for every argument that carries a tangent, and what belongs into the holes."""
+        """The call with holes for what autograd keeps, and the tensors that belong there.
+
+        These are the positional tensors, of which the first is the hidden state, and all that carry a tangent.
+        """
         kwargs: dict[str, Any] = {}
         if isinstance(function, functools.partial):
             args, kwargs = (*function.args, *args), function.keywords
@@ -72,16 +77,15 @@ class _Call:
             "enabled": torch.is_autocast_enabled(device),
             "cache_enabled": torch.is_autocast_cache_enabled(),
         }
-        dual_tensors: list[Tensor] = []
+        kept: list[Tensor] = []
 
         def emptied(x: Any) -> Any:
-            if not carries_tangent(x):
-                return x
-            dual_tensors.append(x)
+            kept.append(x)
             return _Hole()
 
-        args, kwargs = _map_leaves(args, emptied), _map_leaves(kwargs, emptied)
-        return cls(function, args, kwargs, device, autocast), dual_tensors
+        args = _map_leaves(args, emptied)
+        kwargs = _map_leaves(kwargs, lambda x: emptied(x) if carries_tangent(x) else x)
+        return cls(function, args, kwargs, device, autocast), kept
 
     def __call__(self, tensors: Iterable[Tensor]) -> Any:
         """Runs the block with `tensors` in the holes."""
@@ -105,6 +109,13 @@ def _map_leaves(tree: Any, function: Callable[[Any], Any]) -> Any:
     return tree
 
 
+def _leaves(tree: Any) -> list[Tensor]:
+    """The tensors among a call's arguments."""
+    found: list[Tensor] = []
+    _map_leaves(tree, lambda x: found.append(x) if isinstance(x, Tensor) else None)
+    return found
+
+
 def _tensors(tree: Any) -> list[Tensor]:
     """The tensors of a block's output, in order."""
     found: list[Tensor] = []
@@ -125,18 +136,21 @@ class _Replay:
         call: the block's call.
         outputs: which of its output tensors carried a tangent.
         trained: the parameters inside that train, all of them tangents.
+        mixes: the tangents of each carrier inside when it ran.
     """
 
     call: _Call
     outputs: list[int]
     trained: list[nn.Parameter]
+    mixes: list[tuple[TangentCarrier, Hashable | None]]
 
 
-def replay_block(block: nn.Module, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+def replay_block(block: nn.Module, strict: bool, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """Takes the place of `torch.utils.checkpoint.checkpoint` while a linearized pass is open.
 
     Args:
         block: the module that is checkpointed.
+        strict: refuse what can not be replayed, instead of recording it.
         function: runs it; called again in the backward pass.
         *args: its positional arguments.
         **options: what would tell torch how to record; nothing is recorded here.
@@ -145,15 +159,20 @@ def replay_block(block: nn.Module, function: Callable[..., Any], *args: Any, **o
         The block's output, dual; its tangents backpropagate by the replay.
 
     Raises:
-        ValueError: if the block draws random numbers (dropout): its replay would draw others.
+        ValueError: if the block draws random numbers (dropout), which its replay would not repeat, hands tensors to
+            other blocks past its output, or returns something in which no tangent is found.
     """
     if not torch.is_grad_enabled():
         return function(*args)
-    trained = [p for m in block.modules() if isinstance(m, TangentCarrier) for p in m.tangent_parameters()]
-    device = next((p.device.type for p in block.parameters()), "cpu")
+    carriers = [module for module in block.modules() if isinstance(module, TangentCarrier)]
+    trained = [p for carrier in carriers for p in carrier.tangent_parameters()]
+    device = next((x.device.type for x in _leaves(args)), "cpu")
     call, inputs = _Call.of(function, args, device)
     primals, tangents = [split(x)[0] for x in inputs], [split(x)[1] for x in inputs]
-    if _primal_trains(block, len(trained), (*args, *call.kwargs.values(), *primals)):
+    shared = _shared_state(call)
+    if shared is not None and strict:
+        raise ValueError(_SHARES.format(type(block).__name__, shared))
+    if shared is not None or _primal_trains(block, len(trained), [*primals, *_leaves(call.kwargs)]):
         return function(*args)  # autograd has to record all of it
     if not trained and not any(t is not None and t.requires_grad for t in tangents):
         with torch.no_grad():  # below the first tangent that trains
@@ -164,18 +183,44 @@ def replay_block(block: nn.Module, function: Callable[..., Any], *args: Any, **o
     refuse_randomness(before, device, type(block).__name__)
     found = _tensors(output)
     outputs = [index for index, y in enumerate(found) if carries_tangent(y)]
-    replay = _Replay(call, outputs, trained)
-    joined = _Replayed.apply(
-        replay, len(outputs), *(split(found[i])[1] for i in outputs), *primals, *tangents, *trained
-    )
+    if not outputs:
+        raise ValueError(_OPAQUE.format(type(block).__name__, type(output).__name__))
+    replay = _Replay(call, outputs, trained, [(carrier, carrier.tangent_mix()) for carrier in carriers])
+    given = [split(found[index])[1] for index in outputs]
+    joined = _Replayed.apply(replay, len(outputs), *given, *primals, *tangents, *trained)
     connected = dict(zip((id(found[i]) for i in outputs), joined, strict=True))
     return map_tensors(output, lambda y: dual(split(y)[0], connected[id(y)]) if id(y) in connected else y)
 
 
-def _primal_trains(block: nn.Module, tangents: int, inputs: tuple[Any, ...]) -> bool:
+_RECORD = (
+    "Use `TangentConfig(gradient='recorded')` and switch gradient checkpointing off (`gradient_checkpointing=False`, "
+    "`model.gradient_checkpointing_disable()`)."
+)
+_SHARES = "{} hands tensors to other blocks through a {}, past its output, which a replay would not see. " + _RECORD
+_OPAQUE = "{} returns a {} in which no tangent is found, so its gradient would be lost in a replay. " + _RECORD
+_CHANGED = (
+    "The mix of axes, or its evaluation, changed between the forward pass ({}) and its backward pass ({}), which "
+    "replays the block. Call `backward` before they change, inside the same `with model.linearized(...)` if any. "
+    + _RECORD
+)
+_UNKNOWN = (
+    "{} tangents of the replayed block are other parameters than in the forward pass: their gradients would be lost; "
+    "something swapped them, such as `torch.func.functional_call`. " + _RECORD
+)
+
+
+def _shared_state(call: _Call) -> str | None:
+    """The type of an argument in which blocks can leave tensors for one another, if there is one."""
+    for value in (*call.args, *call.kwargs.values()):
+        if isinstance(value, Cache) or (isinstance(value, Mapping) and type(value) is not dict):
+            return type(value).__name__
+    return None
+
+
+def _primal_trains(block: nn.Module, tangents: int, inputs: list[Tensor]) -> bool:
     """Whether other parameters of the block train than its tangents, or something below it does."""
     others = sum(p.requires_grad for p in block.parameters()) > tangents
-    return others or any(isinstance(x, Tensor) and split(x)[0].requires_grad for x in inputs)
+    return others or any(split(x)[0].requires_grad for x in inputs)
 
 
 class _Replayed(torch.autograd.Function):
@@ -192,23 +237,39 @@ class _Replayed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         replay: _Replay = ctx.replay
-        with torch.enable_grad(), replaying() as collected:
-            primals = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+        for carrier, mix in replay.mixes:
+            if carrier.tangent_mix() != mix:
+                raise RuntimeError(_CHANGED.format(mix, carrier.tangent_mix()))
+        # What others do to saved tensors, such as moving them to the host, is not for tensors needed in a moment.
+        with torch.enable_grad(), saved_tensors_hooks(_itself, _itself), replaying() as collected:
+            primals = [
+                x.detach().requires_grad_(need)
+                for x, need in zip(ctx.saved_tensors, ctx.needs_input_grad[2 + ctx.count + ctx.inputs :], strict=False)
+            ]
             output = _tensors(replay.call(primals))
             torch.autograd.backward([output[i] for i in replay.outputs], grads)  # `primals` are its only leaves
+        strangers = len(collected.gradients.keys() - set(replay.trained))
+        if strangers:
+            raise RuntimeError(_UNKNOWN.format(strangers))
         unused = (None,) * (2 + ctx.count + ctx.inputs)
         return (*unused, *(x.grad for x in primals), *(collected.gradients.get(p) for p in replay.trained))
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
 
 
 # ---- which blocks are replayed ---------------------------------------------------------------------------------------
 
 
-def replay_blocks(opened: LinearizedPass, gradient: Gradient) -> None:
+def replay_blocks(opened: LinearizedPass, gradient: Gradient, strict: bool, options: Mapping[str, Any]) -> None:
     """Routes checkpointed blocks of `opened.root` to `replay_block` until the pass closes.
 
     Args:
         opened: the pass.
         gradient: `"auto"` replays the blocks for which gradient checkpointing is enabled, `"replay"` all of them.
+        strict: refuse blocks that can not be replayed, instead of recording them.
+        options: the keyword arguments of the model's call.
 
     Raises:
         ValueError: if what is asked for contradicts the checkpointing, or the model has no blocks to replay.
@@ -222,18 +283,19 @@ def replay_blocks(opened: LinearizedPass, gradient: Gradient) -> None:
     if not replayed and (enabled or (gradient == "replay" and torch.is_grad_enabled())):
         raise ValueError(
             f"{type(root).__name__} has no block that derives from transformers' GradientCheckpointingLayer: there is "
-            "nothing to replay. Use `TangentConfig(gradient='recorded')` and switch gradient checkpointing off "
-            "(`gradient_checkpointing=False`, `model.gradient_checkpointing_disable()`)."
+            f"nothing to replay. {_RECORD}"
         )
     if enabled and gradient == "recorded" and torch.is_grad_enabled():
         raise ValueError(
             f"`gradient='recorded'` keeps the activations, but {type(root).__name__} has gradient checkpointing on. "
-            "Use `TangentConfig(gradient='auto')`, or switch gradient checkpointing off "
-            "(`gradient_checkpointing=False`, `model.gradient_checkpointing_disable()`)."
+            "Use `TangentConfig(gradient='auto')`, or switch gradient checkpointing off."
         )
+    asked = [name for name in ("output_attentions", "output_router_logits") if options.get(name)]
+    if replayed and asked and torch.is_grad_enabled():
+        raise ValueError(f"`{asked[0]}=True` takes tensors out of the middle of blocks that are replayed. {_RECORD}")
     for block in replayed:
         _check_checkpointing(block)
-        _set_until_close(opened, block, "_gradient_checkpointing_func", functools.partial(replay_block, block))
+        _set_until_close(opened, block, "_gradient_checkpointing_func", functools.partial(replay_block, block, strict))
         _set_until_close(opened, block, "gradient_checkpointing", True)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import Cache, PreTrainedModel
 
-from tangent_peft.forward.dual import TangentCarrier
+from tangent_peft.forward.carrier import TangentCarrier
 from tangent_peft.forward.level import carries_tangent
 
 

@@ -66,6 +66,11 @@ def refuse_contradictions(ref_model: object, config: TangentConfig, args: Tangen
     Raises:
         ValueError: naming the argument.
     """
+    if args.max_kl is not None and not config.linearize:
+        raise ValueError(
+            f"`max_kl={args.max_kl}` with an axis that is not linearized (`TangentConfig(linearize=False)`): the KL to "
+            "the base is read off the linearized pass. Use `max_norm`, or `linearize=True`."
+        )
     if args.linearized == "log_probs" and not config.linearize:
         raise ValueError(
             "`linearized='log_probs'` with an axis that is not linearized (`TangentConfig(linearize=False)`): it "

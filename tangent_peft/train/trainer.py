@@ -194,7 +194,7 @@ class TangentDPOTrainer(DPOTrainer):
         self.watch.record_kl(policy.kl, self.state.global_step)
         return result
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any) -> Tensor:
         """TRL's step; every `adjoint_check_steps` steps it also checks the adjoint identity.
 
         Raises:
@@ -202,14 +202,14 @@ class TangentDPOTrainer(DPOTrainer):
         """
         step, linearized = self.state.global_step, self._linearized_forward
         active = linearized is not None and linearized.mix() is not None and not primal_moves(self.model)
-        self.watch.measure_linearity_gap(step, args[1])
+        self.watch.measure_linearity_gap(step, inputs)
         if linearized is None or not active or not self.watch.adjoint_check_is_due(step):
-            return super().training_step(*args, **kwargs)
+            return super().training_step(model, inputs, *args)
         replayed = linearized.replayed() if self.watch.adjoint_check_replays() else nullcontext()
         with self.watch.adjoint_check(step) as check, replayed:
             self._probe = check.probe
             try:
-                return super().training_step(*args, **kwargs)
+                return super().training_step(model, inputs, *args)
             finally:
                 self._probe = None
 

@@ -40,7 +40,8 @@ class TangentConfig(PeftConfig):
         linearize: run f_lin; `False` adds ΔW to the weights instead (an ordinary adapter, as for Task-Vector DPO).
         gradient: how a training step computes τ's gradient, both exact: `"recorded"` keeps the activations of the
             wrapped blocks (fewest FLOPs), `"replay"` keeps what enters each block and runs the block again in backward
-            (least memory); `"auto"` replays the blocks for which gradient checkpointing is enabled.
+            (least memory; in train mode only, and like gradient checkpointing without a key/value cache); `"auto"`
+            replays the blocks for which gradient checkpointing is enabled.
         base_fingerprint: sample of the base model's weights, recorded when the axis is created and compared when it is
             loaded; `None` skips the comparison.
     """

@@ -98,7 +98,7 @@ def test_equals_plain_logits(
     chunk: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(head_module, "CHUNK_ELEMENTS", chunk * V)
+    monkeypatch.setattr(head_module, "TILE_CPU", (chunk, 1 + chunk % V))
     leaves, head = _case(form, tangent, bias, *options)
     labels = torch.randint(0, V, (N,))
     scores = score_tokens(leaves["h"], leaves.get("dh"), labels, head)
@@ -153,7 +153,7 @@ def test_log_probs_equal_their_jvp(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With a trained A: `a` is a leaf as well. Everything but the log-probs is as for linearized logits."""
-    monkeypatch.setattr(head_module, "CHUNK_ELEMENTS", chunk * V)
+    monkeypatch.setattr(head_module, "TILE_CPU", (chunk, 1 + chunk % V))
     leaves, head = _frozen(*_case(form, tangent, bias, *options))
     labels = torch.randint(0, V, (N,))
     scores = score_tokens(leaves["h"], leaves.get("dh"), labels, head, "log_probs")
@@ -209,7 +209,7 @@ def test_probe_receives_the_product_of_gradient_and_tangent(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """⟨∂L/∂z, ż⟩ = dL(f₀ + s·Jτ)/ds at s = 1, for a loss that is not linear."""
-    monkeypatch.setattr(head_module, "CHUNK_ELEMENTS", chunk * V)
+    monkeypatch.setattr(head_module, "TILE_CPU", (chunk, 1 + chunk % V))
     leaves, head = _frozen(*_case(form, tangent, True, *options))
     labels, probe = torch.randint(0, V, (N,)), torch.ones((), dtype=torch.float64, requires_grad=True)
     scores = score_tokens(leaves["h"], leaves.get("dh"), labels, head, linearized, probe)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from typing import Any
 
 import pytest
 import torch
-from cases import FORMS, in_float64, logits, tangent_model
+from cases import FORMS, in_float64, logits, tangent_layers, tangent_model
 from conftest import batch
 from peft import PeftModel, get_peft_model
 from tolerances import assert_equal
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tangent_peft import TangentConfig
+from tangent_peft.forward import LinearizedForward
 
 
 def trained(name: str = "llama", form: str = "dense", mode: str = "recorded", **options: Any) -> PeftModel:
@@ -190,3 +192,118 @@ def test_contradictions_are_refused() -> None:
     model.combine_axes({"default": 1.0, "other": 1.0})
     with pytest.raises(ValueError, match="one pass can not do both"):
         model(**inputs)
+
+
+# ---- what a replay can not see ---------------------------------------------------------------------------------------
+
+
+def weigh(model: PeftModel, scale: float) -> None:
+    """λ of the axis, which goes on training; `combine_axes` would freeze it."""
+    for layer in tangent_layers(model):
+        layer.tangent_scaling["default"] = scale
+
+
+def test_a_mix_that_changes_before_backward_is_refused() -> None:
+    inputs = {**batch("right"), "use_cache": False}
+    model = trained("llama", "dense", "replay")
+    loss = model(**inputs).logits.sum()
+    weigh(model, 2.0)
+    with pytest.raises(RuntimeError, match="before they change"):
+        loss.backward()
+    loss = model(**inputs).logits.sum()
+    with model.linearized(False), pytest.raises(RuntimeError, match="before they change"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("scale", [2.0, -0.5])
+def test_any_weight(scale: float) -> None:
+    inputs, found = {**batch("right"), "use_cache": False}, {}
+    for mode in ("recorded", "replay"):
+        model = trained("llama", "trained", mode)
+        weigh(model, scale)
+        found[mode] = gradients(model, inputs)
+    for key, value in found["recorded"].items():
+        assert_equal(found["replay"][key], value)
+
+
+def test_parameters_that_are_swapped_are_refused() -> None:
+    inputs = {**batch("right"), "use_cache": False}
+    model = trained("llama", "dense", "replay")
+    other = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters() if p.requires_grad}
+    loss = torch.func.functional_call(model, other, kwargs=inputs).logits.sum()
+    with pytest.raises(RuntimeError, match=r"functional_call.*gradient='recorded'"):
+        loss.backward()
+
+
+def test_tensors_out_of_the_middle_of_a_block_are_refused() -> None:
+    inputs = {**batch("right"), "use_cache": False}
+    model = trained("llama", "dense", "replay")
+    model.get_base_model().set_attn_implementation("eager")
+    with pytest.raises(ValueError, match=r"output_attentions=True.*gradient='recorded'"):
+        model(**inputs, output_attentions=True)
+
+
+def test_state_shared_by_blocks_is_refused_or_recorded() -> None:
+    """As in Gemma 4, whose blocks hand keys and values to each other."""
+    inputs = {**batch("right"), "use_cache": False}
+    expected = gradients(trained("llama"), inputs)
+    model = trained("llama", "dense", "replay")
+    with pytest.raises(ValueError, match=r"LlamaDecoderLayer hands tensors.*UserDict"):
+        model(**inputs, shared_kv_states=UserDict())
+    model = trained("llama")
+    installed = LinearizedForward.installed(model.get_base_model())
+    with installed.replayed():  # what a check asks for gives way
+        found = gradients(model, {**inputs, "shared_kv_states": UserDict()})
+    for key, value in expected.items():
+        assert_equal(found[key], value)
+
+
+def test_inputs_changed_in_place_are_noticed() -> None:
+    """As autograd does where it records."""
+    inputs = {**batch("right"), "use_cache": False}
+    model = trained("llama", "dense", "replay")
+    entered: list[Tensor] = []
+    block = model.get_base_model().model.layers[1]
+    block.register_forward_pre_hook(lambda module, args: entered.append(args[0]))
+    loss = model(**inputs).logits.sum()
+    with torch.no_grad():
+        entered[0].zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_outputs_of_wrapped_layers_can_be_changed_in_place() -> None:
+    inputs, found = {**batch("right"), "use_cache": False}, {}
+    for mode in ("recorded", "replay"):
+        model = trained("llama", "dense", mode)
+        for layer in model.get_base_model().model.layers:
+            layer.mlp.gate_proj.register_forward_hook(lambda module, args, output: output.mul_(2))
+        found[mode] = gradients(model, inputs)
+    for key, value in found["recorded"].items():
+        assert_equal(found["replay"][key], value)
+
+
+def test_hooks_for_saved_tensors_stay_out_of_the_replay() -> None:
+    inputs, packed = {**batch("right"), "use_cache": False}, []
+    model = trained("llama", "dense", "replay", lm_head=False)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: packed.append(x.shape) or x, lambda x: x):
+        loss = model(**inputs).logits.sum()
+        forward = len(packed)
+        loss.backward()
+    assert forward > 0 and len(packed) == forward
+
+
+def test_input_gradients_for_checkpointing_change_nothing() -> None:
+    """`enable_input_require_grads` is meant for torch's reentrant kind."""
+    inputs = {**batch("right"), "use_cache": False}
+    model = trained("llama", "dense", "checkpoint")
+    model.get_base_model().enable_input_require_grads()
+    expected = gradients(trained("llama"), inputs)
+    seen: list[bool] = []
+    model.get_base_model().model.layers[1].register_forward_pre_hook(
+        lambda module, args: seen.append(args[0].requires_grad)
+    )
+    found = gradients(model, inputs)
+    assert seen == [False]
+    for key, value in expected.items():
+        assert_equal(found[key], value)
