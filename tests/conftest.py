@@ -10,10 +10,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("CI", "1")  # TRL's usage telemetry stays off
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     GPT2Config,
@@ -26,7 +28,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-import tangent_peft  # noqa: F401  (registers the method)
+from tangent_peft import TangentDPOConfig, TangentDPOTrainer  # registers the method
 
 
 VOCABULARY = 300
@@ -158,3 +160,35 @@ def pairs() -> list[dict[str, Any]]:
 def _seed() -> Iterator[None]:
     torch.manual_seed(0)
     yield
+
+
+@pytest.fixture
+def make_trainer(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, pairs: list[dict[str, Any]]) -> Callable[..., Any]:
+    """Makes a trainer of three short steps on the tiny Llama; every argument can be replaced."""
+
+    def make(
+        model: Any = None, peft_config: Any = None, train_dataset: Any = None, extra: Any = None, **options: Any
+    ) -> TangentDPOTrainer:
+        arguments = {
+            "output_dir": str(tmp_path / "run"),
+            "per_device_train_batch_size": 4,
+            "max_steps": 3,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "use_cpu": True,
+            "bf16": False,
+            "beta": 0.5,
+            "disable_tqdm": True,
+            "dataloader_pin_memory": False,
+        }
+        return TangentDPOTrainer(
+            model=build("llama") if model is None else model,
+            args=TangentDPOConfig(**{**arguments, **options}),
+            train_dataset=Dataset.from_list(pairs) if train_dataset is None else train_dataset,
+            processing_class=tokenizer,
+            peft_config=peft_config,
+            **(extra or {}),
+        )
+
+    return make

@@ -59,8 +59,9 @@ def _primal_implementation(config: Any) -> str:
     if running is None or id(config) not in running.primal_attention:
         raise RuntimeError(
             f"Attention implementation {NAME!r} is only for the inside of a linearized forward, but the config of "
-            f"{type(config).__name__} names it outside of one. Set another one, e.g. "
-            "`model.set_attn_implementation('sdpa')`."
+            f"{type(config).__name__} names it outside of one. Either something set it (set another one, e.g. "
+            "`model.set_attn_implementation('sdpa')`), or this is a backward pass that replays blocks while another "
+            "thread runs a linearized forward of the same model: let one wait for the other."
         )
     return running.primal_attention[id(config)]
 
