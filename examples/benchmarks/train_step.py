@@ -38,7 +38,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from step.formula import explain
+from step.formula import explain, predicted_ratio
 from step.setting import Setting, Sizes
 from step.worker import RETURN_FREED, run_worker
 
@@ -243,13 +243,18 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     benchmark = Benchmark(setting, sizes, options.rounds)
     results: dict[str, Any] = {}
     failed: dict[str, str] = {}
-    for key in options.only or COMPARISONS:
+    keys = options.only or COMPARISONS
+    for key in [] if options.predict else keys:
         try:
             results[key] = benchmark.compare(key)
         except WorkerFailed as error:
             failed[key] = str(error).strip().splitlines()[-1]
             say(str(error))
-    rest = {"setting": describe(setting, sizes, options.rounds), "flops_formula": benchmark.formulas()}
+    rest = {
+        "setting": describe(setting, sizes, options.rounds),
+        "flops_formula": benchmark.formulas(),
+        "flops_predicted": {key: predicted_ratio(*COMPARISONS[key], sizes) for key in keys},
+    }
     return {**results, **rest, **({"failed": failed} if failed else {})}
 
 
@@ -270,6 +275,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--only", nargs="+", choices=COMPARISONS, metavar="KEY", help=", ".join(COMPARISONS))
+    parser.add_argument("--predict", action="store_true", help="only what the formula says of the operations; no step")
     options = parser.parse_args(arguments)
     options.tokens = options.tokens or (64 if options.tiny else 512)
     options.layers = options.layers or (2 if options.tiny else 16)

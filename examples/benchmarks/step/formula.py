@@ -18,7 +18,7 @@ dense, 1 + 2κ low rank; replay 1 + 5κ and 1 + 3κ; functorch 6. What they leav
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from step.setting import Sizes
 
@@ -118,6 +118,17 @@ def predict(s: Sizes) -> dict[str, float]:
         "low_rank_cached": forward - (blocks - k) * block + 2 * low_rank - k * p.low_in + head_low,
         "low_rank_replay": forward + low_rank + again + back_frozen + k * low + head_low,
     }
+
+
+def predicted_ratio(a: str, b: str, s: Sizes) -> dict[str, float]:
+    """Predicted operations of variant A over B, where TRL's head scores every position and where it skips prompts."""
+
+    def operations(variant: str, sizes: Sizes) -> float:
+        found, form = predict(sizes), variant.removesuffix("_checkpointed")
+        return found.get(variant) or found.get(f"{form}_{'recorded' if form == variant else 'replay'}") or math.nan
+
+    heads = {name: replace(s, compact=compact) for name, compact in (("every_position", False), ("answers", True))}
+    return {name: round(operations(a, sizes) / operations(b, sizes), 3) for name, sizes in heads.items()}
 
 
 def explain(variant: str, counted: float, s: Sizes) -> dict[str, object]:
