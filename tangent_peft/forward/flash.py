@@ -9,8 +9,8 @@ it carries three sums per query,
 where O is the output that the user's own kernel gave. Generation, evaluation and the replayed gradient run with
 gradients off and can use it; a recorded pass keeps the rule in `rules.py`, whose semantics these are.
 
-Verified in the interpreter of Triton 3.8 on the CPU, and compiled by it for compute capability 8.0, 8.6, 9.0, 10.0 and
-12.0; it has never run on a GPU, and its speed is not known. Hence `use_flash_tangent`. Block sizes are chosen to fit.
+Verified in the interpreter of Triton 3.8 on the CPU, and compiled by it for compute capability 8.6 and 9.0 (both are
+tests); it has never run on a GPU, and its speed is not known. Hence `use_flash_tangent`. Block sizes are chosen to fit.
 Letters as in `rules.py`; in the kernel, capitals are compile-time constants.
 """
 

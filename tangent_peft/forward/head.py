@@ -162,16 +162,12 @@ class _Tile:
         through = self._scaled(self.tangent @ self.weight.mT)
         return through if own is None else through.add_(own)
 
-    def policy_logits(self, primal: Tensor, tangent: Tensor | None) -> Tensor:
-        """z, written so that τ = 0 gives z₀ bit for bit."""
-        return primal if tangent is None else primal + tangent
-
     def differentiated_logits(self) -> Tensor:
         """The logits whose softmax is q: as one product with W where rounding h + ḣ loses nothing that z has."""
         if self.linearized == "log_probs":
             return self.primal_logits()
         if self.hidden.dtype.itemsize < 4:
-            return self.policy_logits(self.primal_logits(), self.tangent_logits())
+            return _policy_logits(self.primal_logits(), self.tangent_logits())
         logits, own = self.primal_logits(self.tangent), self.own_tangent()
         return logits if own is None else logits.add_(own)
 
@@ -216,6 +212,11 @@ class _Problem:
 
 def _slices(length: int, step: int) -> list[slice]:
     return [slice(start, min(start + step, length)) for start in range(0, length, step)]
+
+
+def _policy_logits(primal: Tensor, tangent: Tensor | None) -> Tensor:
+    """z, written so that τ = 0 gives z₀ bit for bit."""
+    return primal if tangent is None else primal + tangent
 
 
 def _upcast(x: Tensor) -> Tensor:
@@ -273,7 +274,7 @@ def _describe(problem: _Problem, rows: slice, labels: Tensor) -> tuple[Tensor, .
     total: Any = 0
     for columns, tile in problem.tiles(rows):
         primal, tangent = tile.primal_logits(), tile.tangent_logits()
-        z, _ = tile.capped(tile.policy_logits(primal, tangent))
+        z, _ = tile.capped(_policy_logits(primal, tangent))
         z0, slope = tile.capped(primal)
         total = total + z.sum(-1)
         policy.add(columns.start, z, z, z0)

@@ -109,15 +109,8 @@ def _map_leaves(tree: Any, function: Callable[[Any], Any]) -> Any:
     return tree
 
 
-def _leaves(tree: Any) -> list[Tensor]:
-    """The tensors among a call's arguments."""
-    found: list[Tensor] = []
-    _map_leaves(tree, lambda x: found.append(x) if isinstance(x, Tensor) else None)
-    return found
-
-
 def _tensors(tree: Any) -> list[Tensor]:
-    """The tensors of a block's output, in order."""
+    """The tensors among a block's arguments or in its output, in order."""
     found: list[Tensor] = []
 
     def collect(x: Tensor) -> Tensor:
@@ -166,13 +159,13 @@ def replay_block(block: nn.Module, strict: bool, function: Callable[..., Any], *
         return function(*args)
     carriers = [module for module in block.modules() if isinstance(module, TangentCarrier)]
     trained = [p for carrier in carriers for p in carrier.tangent_parameters()]
-    device = next((x.device.type for x in _leaves(args)), "cpu")
+    device = next((x.device.type for x in _tensors(args)), "cpu")
     call, inputs = _Call.of(function, args, device)
     primals, tangents = [split(x)[0] for x in inputs], [split(x)[1] for x in inputs]
     shared = _shared_state(call)
     if shared is not None and strict:
         raise ValueError(_SHARES.format(type(block).__name__, shared))
-    if shared is not None or _primal_trains(block, len(trained), [*primals, *_leaves(call.kwargs)]):
+    if shared is not None or _primal_trains(block, len(trained), [*primals, *_tensors(call.kwargs)]):
         return function(*args)  # autograd has to record all of it
     if not trained and not any(t is not None and t.requires_grad for t in tangents):
         with torch.no_grad():  # below the first tangent that trains
@@ -277,21 +270,22 @@ def replay_blocks(opened: LinearizedPass, gradient: Gradient, strict: bool, opti
     root = opened.root
     if not root.training:  # transformers checkpoints in train mode only
         return
-    enabled = [m for m in root.modules() if vars(m).get("gradient_checkpointing", False)]
-    blocks = replayable_blocks(root)
-    replayed = blocks if gradient == "replay" and torch.is_grad_enabled() else [m for m in blocks if m in set(enabled)]
-    if not replayed and (enabled or (gradient == "replay" and torch.is_grad_enabled())):
+    differentiated = torch.is_grad_enabled()
+    wanted = gradient == "replay" and differentiated
+    enabled = {m for m in root.modules() if vars(m).get("gradient_checkpointing", False)}
+    replayed = [block for block in replayable_blocks(root) if wanted or block in enabled]
+    if not replayed and (enabled or wanted):
         raise ValueError(
             f"{type(root).__name__} has no block that derives from transformers' GradientCheckpointingLayer: there is "
             f"nothing to replay. {_RECORD}"
         )
-    if enabled and gradient == "recorded" and torch.is_grad_enabled():
+    if enabled and gradient == "recorded" and differentiated:
         raise ValueError(
             f"`gradient='recorded'` keeps the activations, but {type(root).__name__} has gradient checkpointing on. "
             "Use `TangentConfig(gradient='auto')`, or switch gradient checkpointing off."
         )
     asked = [name for name in ("output_attentions", "output_router_logits") if options.get(name)]
-    if replayed and asked and torch.is_grad_enabled():
+    if replayed and asked and differentiated:
         raise ValueError(f"`{asked[0]}=True` takes tensors out of the middle of blocks that are replayed. {_RECORD}")
     for block in replayed:
         _check_checkpointing(block)
