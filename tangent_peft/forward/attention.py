@@ -20,7 +20,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tangent_peft.forward.flash import can_flash, flash_tangent
-from tangent_peft.forward.level import LinearizedPass, current_pass, dual, split
+from tangent_peft.forward.level import LinearizedPass, autocast_dtype, current_pass, dual, split
 from tangent_peft.forward.rules import AttentionShape, AttentionTangent, tangent_by_chunks
 
 
@@ -146,8 +146,7 @@ def _primal_attention(
 
 def _kernel_dtype(q: Tensor) -> torch.dtype:
     """The dtype in which the fused kernels run: autocast's, where it is on."""
-    device = q.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else q.dtype
+    return autocast_dtype(q.device.type) or q.dtype
 
 
 def _shape_of(

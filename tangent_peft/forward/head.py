@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tangent_peft.forward.level import autocast_dtype
 from tangent_peft.forward.softmax import OnlineSoftmax
 
 
@@ -230,7 +231,7 @@ class _ScoreTokens(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, tangent: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
         *learned, probe, labels, scale, softcap, linearized = rest
         device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        dtype = autocast_dtype(device) or hidden.dtype
         ctx.options = dtype, scale, softcap, linearized
         problem = _problem((hidden, tangent, *learned), *ctx.options)
         with torch.autocast(device, enabled=False):

@@ -208,6 +208,11 @@ def join(x: Tensor) -> Tensor:
     return primal if tangent is None else primal + tangent
 
 
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype of the autocast that is on now, or `None`."""
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+
+
 def carries_tangent(x: Any) -> bool:
     """Whether `x` is a tensor that carries a tangent."""
     return isinstance(x, Tensor) and split(x)[1] is not None

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import Cache, PreTrainedModel
 
 from tangent_peft.forward.carrier import TangentCarrier
-from tangent_peft.forward.level import carries_tangent
+from tangent_peft.forward.level import autocast_dtype, carries_tangent
 
 
 # Far above rounding, far below what a wrong cut does; relative, per token.
@@ -312,11 +312,6 @@ class Trunk:
 
 
 _OFF = "Train without a trunk cache."
-
-
-def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """The dtype of the autocast that is on now, or `None`."""
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
 
 
 def refuse_configuration(root: PreTrainedModel) -> None:
