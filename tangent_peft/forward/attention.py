@@ -1,8 +1,8 @@
 """The derivative of attention behind transformers' `AttentionInterface`; the user's implementation serves the primal.
 
 PyTorch's fused attention kernels have no derivative. While a linearized pass is open the model's attention goes to
-`tangent_attention`: the primal to the implementation the user chose, the tangent to the rule in `rules.py`. Attention
-on inputs without tangents is the user's alone.
+`tangent_attention`: the primal to the implementation the user chose, the tangent to `attention_rule.py`. Attention on
+inputs without tangents is the user's alone.
 
 Seam: `AttentionInterface` and `AttentionMaskInterface`. The name must not contain "sdpa", "flash" or "flex", on which
 transformers runs support checks. "eager" stays itself: its plain operations differentiate themselves.
@@ -19,9 +19,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from tangent_peft.forward.attention_rule import AttentionShape, AttentionTangent, tangent_by_chunks
 from tangent_peft.forward.flash import can_flash, flash_tangent
 from tangent_peft.forward.level import LinearizedPass, autocast_dtype, current_pass, dual, split
-from tangent_peft.forward.rules import AttentionShape, AttentionTangent, tangent_by_chunks
 
 
 NAME = "tangent"

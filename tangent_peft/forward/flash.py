@@ -1,17 +1,17 @@
 """The derivative of attention in one fused Triton kernel, for passes that record nothing; off until switched on.
 
-`rules.py` holds O(chunk · keys) weights in memory and reads them back between its matrix products. Here they stay on
-the chip: one pass over the keys with the online softmax of flash attention. With p = exp(S − m), m the running maximum,
-it carries three sums per query,
+`attention_rule.py` holds O(chunk · keys) weights in memory and reads them back between its matrix products. Here they
+stay on the chip: one pass over the keys with the online softmax of flash attention. With p = exp(S − m), m the running
+maximum, it carries three sums per query,
 
     z = Σ p     r = Σ p·dS     A = Σ (p·dS) V + p dV,     and at the end     dO = (A − r·O)/z,
 
 where O is the output that the user's own kernel gave. Generation, evaluation and the replayed gradient run with
-gradients off and can use it; a recorded pass keeps the rule in `rules.py`, whose semantics these are.
+gradients off and can use it; a recorded pass keeps the rule in `attention_rule.py`, whose semantics these are.
 
 Verified in the interpreter of Triton 3.8 on the CPU, and compiled by it for compute capability 8.6 and 9.0 (both are
 tests); it has never run on a GPU, and its speed is not known. Hence `use_flash_tangent`. Block sizes are chosen to fit.
-Letters as in `rules.py`; in the kernel, capitals are compile-time constants.
+Letters as in `attention_rule.py`; in the kernel, capitals are compile-time constants.
 """
 
 # mypy: disable-error-code="import-not-found, import-untyped"
@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tangent_peft.forward.rules import AttentionShape
+from tangent_peft.forward.attention_rule import AttentionShape
 
 
 try:

@@ -3,9 +3,9 @@
 from tangent_peft.tuner.axes import axis_norm as axis_norm
 from tangent_peft.tuner.config import TangentConfig as TangentConfig
 from tangent_peft.tuner.export import LoraExport as LoraExport
-from tangent_peft.tuner.layer import TangentConv1D as TangentConv1D
 from tangent_peft.tuner.layer import TangentLayer as TangentLayer
-from tangent_peft.tuner.layer import TangentLinear as TangentLinear
+from tangent_peft.tuner.linear import TangentConv1D as TangentConv1D
+from tangent_peft.tuner.linear import TangentLinear as TangentLinear
 from tangent_peft.tuner.linearity import LinearityGap as LinearityGap
 from tangent_peft.tuner.linearity import linearity_gap as linearity_gap
 from tangent_peft.tuner.model import TangentModel as TangentModel

@@ -23,8 +23,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tangent_peft.forward import LinearizedForward
 from tangent_peft.tuner import axes, export
 from tangent_peft.tuner.config import TangentConfig
+from tangent_peft.tuner.dispatch import wrap_layer
 from tangent_peft.tuner.fingerprint import check_fingerprint, fingerprint
-from tangent_peft.tuner.layer import TangentLayer, wrap_layer
+from tangent_peft.tuner.layer import TangentLayer
 from tangent_peft.tuner.registration import PREFIX
 from tangent_peft.tuner.state import AxisConfigs, check_state_dict
 from tangent_peft.tuner.targets import (

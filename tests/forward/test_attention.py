@@ -24,10 +24,10 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tangent_peft.forward import attention as dispatch
-from tangent_peft.forward import rules, split
+from tangent_peft.forward import attention_rule, split
 from tangent_peft.forward.attention import NAME, tangent_attention
+from tangent_peft.forward.attention_rule import AttentionShape, AttentionTangent
 from tangent_peft.forward.level import close_pass, dual, open_pass
-from tangent_peft.forward.rules import AttentionShape, AttentionTangent
 
 
 BATCH, HEADS, QUERIES, SIZE = 2, 4, 7, 5
@@ -136,7 +136,7 @@ SUBSETS = [which for which in itertools.product([True, False], repeat=3) if any(
 @pytest.mark.parametrize("name", CASES)
 def test_derivative_and_transpose(name: str, recorded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     case = CASES[name]
-    monkeypatch.setattr(rules, "CHUNK", case.chunk)
+    monkeypatch.setattr(attention_rule, "CHUNK", case.chunk)
     kv = (BATCH, HEADS // case.groups, case.keys, SIZE)
     q, k, v = random(BATCH, HEADS, case.queries, SIZE), random(*kv), random(*kv)
     mask, sinks = make_mask(case), random(HEADS) if case.sinks else None
@@ -151,7 +151,7 @@ def test_derivative_and_transpose(name: str, recorded: bool, monkeypatch: pytest
         full = [torch.zeros_like(x) if t is None else t.detach() for t, x in zip(tangents, (q, k, v), strict=True)]
         out, expected = jvp(run, (q, k, v), tuple(full))
         if recorded:
-            found = rules.tangent_by_chunks((q, k, v, out), tuple(tangents), mask, sinks, shape)
+            found = attention_rule.tangent_by_chunks((q, k, v, out), tuple(tangents), mask, sinks, shape)
         else:
             found = AttentionTangent.apply(q, k, v, out, *tangents, mask, sinks, shape)
         assert_equal(found, expected)

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from tangent_peft.forward import attention as dispatch
 from tangent_peft.forward import flash
+from tangent_peft.forward.attention_rule import AttentionShape, tangent_by_chunks
 from tangent_peft.forward.flash import can_flash, flash_tangent, use_flash_tangent
-from tangent_peft.forward.rules import AttentionShape, tangent_by_chunks
 
 
 INSTALLED = find_spec("triton") is not None

@@ -1,4 +1,4 @@
-"""Derivative rules that PyTorch lacks: attention.
+"""The derivative of softmax attention, which PyTorch lacks for its fused kernels, by chunks of queries.
 
 For one head, with S = s·QKᵀ + M, P = softmax(S), O = PV and tangents dQ, dK, dV:
 

@@ -1,0 +1,161 @@
+"""`TangentHolder`: the tangents that one wrapped layer holds, by adapter name, with their weights λ and their modes.
+
+It knows which axes there are, which are active and which train, and how PEFT switches them; `layer.py` adds what a
+tangent does to the layer's output. Every adapter attribute starts with `tangent_`, which is how PEFT and transformers
+recognize what to save.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from tangent_peft.forward import Gradient, TangentCarrier
+from tangent_peft.tuner.config import TangentConfig
+from tangent_peft.tuner.projection import shared_projection
+from tangent_peft.tuner.weights import TangentWeight, leaf_weight
+
+
+class TangentHolder(TangentCarrier, BaseTunerLayer):
+    """Abstract: what a wrapped layer holds. `TangentLayer` says what it does."""
+
+    adapter_layer_names = ("tangent_delta", "tangent_A", "tangent_B")
+    other_param_names = (
+        "tangent_r",
+        "tangent_scaling",
+        "tangent_linearize",
+        "tangent_gradient",
+        "tangent_projection",
+        "tangent_key",
+    )
+
+    base_layer: Any  # nn.Linear or Conv1D, or another tuner's layer around one
+
+    def __init__(self, base_layer: nn.Module, in_features: int, out_features: int, layer_name: str) -> None:
+        nn.Module.__init__(self)
+        self.base_layer = base_layer
+        self.in_features, self.out_features = in_features, out_features
+        self.layer_name = layer_name
+        self.tangent_delta = nn.ModuleDict()
+        self.tangent_A = nn.ModuleDict()
+        self.tangent_B = nn.ModuleDict()
+        self.tangent_r: dict[str, int | None] = {}
+        self.tangent_scaling: dict[str, float] = {}
+        self.tangent_linearize: dict[str, bool] = {}
+        self.tangent_gradient: dict[str, Gradient] = {}
+        # Plain tensors, not buffers: casting the model must not round a projection that is never stored.
+        self.tangent_projection: dict[str, Tensor] = {}
+        self.tangent_key: dict[str, tuple[int, int]] = {}
+        self.tangent_forced: bool | None = None  # set by TangentModel.linearized(...)
+        self.tangent_tied = False  # the weight is shared with the input embedding
+        self.tangent_merged: dict[str, float] = {}
+        self._tied_weight: nn.Parameter | None = None
+        self.tangent_suspended: frozenset[str] = frozenset()  # the adapters that train again once enabled
+        self._disable_adapters = False
+        self.merged_adapters = []
+        self.cast_input_dtype_enabled = True
+
+    def update_layer(self, adapter_name: str, r: int | None, config: TangentConfig) -> None:
+        """Adds the tangent of an adapter: dense for `r=None`, else of rank r."""
+        self.tangent_r[adapter_name] = r
+        self.tangent_scaling[adapter_name] = 1.0
+        self.tangent_linearize[adapter_name] = config.linearize
+        self.tangent_gradient[adapter_name] = config.gradient
+        if r is None:
+            self.tangent_delta[adapter_name] = TangentWeight(self.out_features, self.in_features)
+        else:
+            self.tangent_B[adapter_name] = TangentWeight(self.out_features, r)
+            self._set_projection(adapter_name, r, config)
+        if not config.init_weights:
+            self._randomize(adapter_name)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _set_projection(self, adapter_name: str, r: int, config: TangentConfig) -> None:
+        key = (config.projection_seed, r)
+        known = next((name for name, other in self.tangent_key.items() if other == key), None)
+        projection = (
+            shared_projection(config.projection_seed, self.layer_name, r, self.in_features)
+            if known is None
+            else self.tangent_projection[known]
+        )
+        if config.projection == "shared":
+            self.tangent_key[adapter_name] = key
+            self.tangent_projection[adapter_name] = projection
+            return
+        self.tangent_A[adapter_name] = TangentWeight(r, self.in_features)
+        weight = leaf_weight(self.tangent_A, adapter_name)
+        if not weight.is_meta:  # low_cpu_mem_usage: the weights come from the checkpoint
+            weight.data.copy_(projection)
+
+    def _randomize(self, adapter_name: str) -> None:
+        """A tangent of about a percent of a typical weight, for tests."""
+        for holder in (self.tangent_delta, self.tangent_B):
+            if adapter_name in holder and not leaf_weight(holder, adapter_name).is_meta:
+                nn.init.normal_(leaf_weight(holder, adapter_name), std=0.02)
+
+    def trained_adapters(self) -> frozenset[str]:
+        """The adapters that train at this layer, or will once it is enabled again."""
+        if self.disable_adapters:
+            return self.tangent_suspended
+        holders = (self.tangent_delta, self.tangent_A, self.tangent_B)
+        return frozenset(n for holder in holders for n in holder if leaf_weight(holder, n).requires_grad)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Activates adapters; those of a disabled layer train, or not, once it is enabled."""
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self.tangent_suspended = frozenset() if inference_mode else frozenset(self.active_adapters)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switches the adapters on or off; once on again, those train that did before."""
+        if enabled != self.disable_adapters:
+            return
+        if enabled:
+            self._disable_adapters = False
+            self.set_requires_grad(sorted(self.tangent_suspended))
+        else:
+            suspended = self.trained_adapters()
+            super().enable_adapters(False)
+            self.tangent_suspended = suspended
+
+    def carried_axes(self) -> dict[str, float]:
+        """The active axes of this layer and their λ; those at λ = 0 contribute nothing and are left out."""
+        if self.disable_adapters or self.merged:
+            return {}
+        names = (name for name in self.active_adapters if name in self.tangent_r)
+        return {name: scale for name in names if (scale := self.tangent_scaling[name]) != 0.0}
+
+    def tangent_mix(self) -> Hashable | None:
+        """The linearized axes and their λ, sorted; `None` if there are none."""
+        carried = self.carried_axes()
+        return tuple(sorted(carried.items())) if carried and self._linearized(carried) else None
+
+    def is_additive(self) -> bool:
+        """Whether active axes add ΔW to the weights here."""
+        carried = self.carried_axes()
+        return bool(carried) and not self._linearized(carried)
+
+    def tangent_parameters(self) -> list[nn.Parameter]:
+        """The matrices of all adapters that train."""
+        holders = (self.tangent_delta, self.tangent_A, self.tangent_B)
+        weights = (leaf_weight(holder, name) for holder in holders for name in holder)
+        return [weight for weight in weights if weight.requires_grad]
+
+    def gradient_modes(self) -> set[Gradient]:
+        """How the gradients of the active axes are to be computed."""
+        return {self.tangent_gradient[name] for name in self.carried_axes()}
+
+    def _linearized(self, carried: dict[str, float]) -> bool:
+        if self.tangent_forced is not None:
+            return self.tangent_forced
+        modes = {self.tangent_linearize[name] for name in carried}
+        if len(modes) > 1:
+            raise ValueError(
+                f"Layer {self.layer_name!r} has active axes of both kinds: "
+                f"{ {name: self.tangent_linearize[name] for name in carried} } (linearize). Activate one kind, or "
+                "evaluate all of them as weights inside `with model.linearized(False):`."
+            )
+        return modes.pop()

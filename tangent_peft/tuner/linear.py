@@ -1,0 +1,37 @@
+"""The wrapped linear layers: `nn.Linear` and transformers' `Conv1D`."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from tangent_peft.tuner.layer import TangentLayer
+
+
+class TangentLinear(TangentLayer):
+    """Final: a wrapped `nn.Linear`, W (out, in)."""
+
+    def __init__(self, base_layer: nn.Linear, layer_name: str) -> None:
+        super().__init__(base_layer, base_layer.in_features, base_layer.out_features, layer_name)
+
+    def _linear_part(self, x: Tensor) -> Tensor:
+        if self.base_layer.bias is None:
+            return self.base_layer(x)
+        return F.linear(x, self.base_layer.weight)
+
+    def _layout(self, delta: Tensor) -> Tensor:
+        return delta
+
+
+class TangentConv1D(TangentLayer):
+    """Final: a wrapped `transformers.pytorch_utils.Conv1D` (GPT-2), W (in, out)."""
+
+    def __init__(self, base_layer: Conv1D, layer_name: str) -> None:
+        super().__init__(base_layer, base_layer.nx, base_layer.nf, layer_name)
+
+    def _linear_part(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.base_layer.weight.mT)
+
+    def _layout(self, delta: Tensor) -> Tensor:
+        return delta.mT
