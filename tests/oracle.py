@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp
+from torch.overrides import TorchFunctionMode
 
 
 Deltas = Mapping[str, Tensor]  # ΔW by the name of the weight in the unmodified model, in its layout
@@ -58,3 +59,28 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Te
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     return torch.softmax(scale * q @ k.mT + bias, dim=-1) @ v
+
+
+class InFloat64(TorchFunctionMode):
+    """Every float32 that a model's code asks for is float64: norms, softmaxes, routers, rotary angles, states."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Calls `func` with another float32."""
+        if func is Tensor.float:
+            func = Tensor.double
+        kwargs = {name: _wide(value) for name, value in (kwargs or {}).items()}
+        return func(*map(_wide, args), **kwargs)
+
+
+def _wide(value: Any) -> Any:
+    return torch.float64 if value is torch.float32 else value
+
+
+def float64_twin(model: nn.Module) -> nn.Module:
+    """The same network and weights in float64, built anew with plain attention and plain experts."""
+    config = copy.deepcopy(model.config)
+    config._attn_implementation = "eager"
+    config._experts_implementation = "eager"
+    twin = type(model)(config)
+    twin.load_state_dict(model.state_dict())
+    return twin.double().eval()
