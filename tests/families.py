@@ -82,6 +82,7 @@ class Family:
         tolerance: relative error of logits and gradient; 1e-4 is what every family must keep.
         cached: whether generation with a cache is supported; a named refusal otherwise.
         replay: whether the family's blocks can be replayed.
+        oracle: the attention of the float64 oracle; "sdpa" (its slow backend) where "eager" is another network.
         note: what a user should know, for the page of models.
     """
 
@@ -91,6 +92,7 @@ class Family:
     tolerance: float = 1e-4
     cached: bool = True
     replay: bool = True
+    oracle: str = "eager"
     note: str = ""
 
     @property
@@ -144,7 +146,7 @@ FAMILIES = [
     Family("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
     Family("bloom", {"n_layer": 3, "n_head": 4}),
     Family("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
-    Family("falcon alibi", {"alibi": True, "new_decoder_architecture": False, "multi_query": False}),
+    Family("falcon alibi", {"alibi": True, "new_decoder_architecture": False, "multi_query": False}, oracle="sdpa", note="its 'eager' attention adds ALiBi twice, a bug of the host"),
     Family("mpt", {"d_model": 32, "n_heads": 4, "n_layers": 3, "max_seq_len": 64, "expansion_ratio": 2}),
     Family("codegen", {**GPT2, "rotary_dim": 4, "n_ctx": 64}),
     Family("olmo"),
@@ -182,11 +184,11 @@ FAMILIES = [
     Family("bamba", {**MAMBA2, "attn_layer_indices": [2]}),
     Family("falcon_h1", {**MAMBA2, "mamba_d_ssm": 64, "head_dim": 8}),
     Family("jamba", {**EXPERTS, "mamba_d_state": 4, "mamba_dt_rank": 4, "use_mamba_kernels": False, "attn_layer_period": 3, "attn_layer_offset": 2}),
-    Family("zamba2", {**MAMBA2, "mamba_headdim": 16, "n_mamba_heads": 4, "mamba_ngroups": 1, "chunk_size": 4}),
+    Family("zamba2", {**MAMBA2, "layer_types": ["linear_attention", "linear_attention", "hybrid"], "mamba_headdim": 16, "n_mamba_heads": 4, "mamba_ngroups": 1, "chunk_size": 4}),
     Family("mamba", {"state_size": 4, "time_step_rank": 4}),
     Family("mamba2", {"num_heads": 4, "head_dim": 16, "n_groups": 1, "state_size": 8, "chunk_size": 4}),
     Family("falcon_mamba", {"state_size": 4, "time_step_rank": 4}),
     Family("recurrent_gemma", {"block_types": ["recurrent", "recurrent", "attention"], "attention_window_size": 8, "lru_width": 32, "head_dim": 8}),
-    Family("rwkv", {"attention_hidden_size": 32}),
+    Family("rwkv", {"attention_hidden_size": 32, "rescale_every": 0}),
     Family("xlstm", {"num_heads": 4, "num_blocks": 3}),
 ]

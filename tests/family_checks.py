@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from cases import config, deltas, tangent_layers
 from families import VOCABULARY, Family
-from oracle import InFloat64, float64_twin, gradient, linearized
+from oracle import InFloat64, float64_twin, gradient, linearized, soft_cap
 from peft import PeftModel, get_peft_model
 from tolerances import relative_error
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tangent_peft.forward import LinearizedForward
 from tangent_peft.forward.replay import replayable_blocks
@@ -65,11 +66,8 @@ def measure(family: Family) -> Measured:
     model, inputs = linearize(family), padded()
     base: Any = model.get_base_model()
     real = inputs["attention_mask"].bool()
-    twin, tangents = float64_twin(family.build()), {n: d.double() for n, d in deltas(model).items()}
-    with InFloat64():
-        expected_base, expected = linearized(twin, tangents, **inputs)
-        cotangent = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2)) * real[..., None]
-        reference = gradient(twin, tangents, cotangent.double(), **inputs)
+    cotangent = torch.randn((*real.shape, VOCABULARY), generator=torch.Generator().manual_seed(2)) * real[..., None]
+    expected_base, expected, reference = _oracle(family, deltas(model), inputs, cotangent)
     logits, recorded = _gradient(model, inputs, cotangent)
     replayed = None
     if replayable_blocks(base):
@@ -90,6 +88,19 @@ def measure(family: Family) -> Measured:
         gradient=_worst(recorded, reference),
         replay=None if replayed is None else _worst(replayed, reference),
     )
+
+
+def _oracle(family: Family, tangents: Any, inputs: Any, cotangent: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """f(θ₀), f_lin and the gradient in float64, of the logits as the model returns them."""
+    model = family.build()
+    cap = vars(model.config).get("final_logit_softcapping")
+    twin, tangents = float64_twin(model, family.oracle), {name: x.double() for name, x in tangents.items()}
+    with InFloat64(), sdpa_kernel(SDPBackend.MATH):
+        base, linear = linearized(twin, tangents, **inputs)
+        linear = linear.detach().requires_grad_()
+        capped = soft_cap(linear, cap)
+        (above,) = torch.autograd.grad(capped, linear, cotangent.double())
+        return soft_cap(base, cap), capped.detach(), gradient(twin, tangents, above, **inputs)
 
 
 def _gradient(model: PeftModel, inputs: Any, cotangent: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -64,6 +64,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> Te
 class InFloat64(TorchFunctionMode):
     """Every float32 that a model's code asks for is float64: norms, softmaxes, routers, rotary angles, states."""
 
+    def __enter__(self) -> Any:
+        """Makes float64 the default as well."""
+        torch.set_default_dtype(torch.float64)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        """Makes float32 the default again."""
+        torch.set_default_dtype(torch.float32)
+        super().__exit__(*error)
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Calls `func` with another float32."""
         if func is Tensor.float:
@@ -76,11 +86,20 @@ def _wide(value: Any) -> Any:
     return torch.float64 if value is torch.float32 else value
 
 
-def float64_twin(model: nn.Module) -> nn.Module:
-    """The same network and weights in float64, built anew with plain attention and plain experts."""
+def float64_twin(model: nn.Module, attention: str = "eager") -> nn.Module:
+    """The same network and weights in float64 with plain operations: built anew, its logits not yet soft-capped."""
     config = copy.deepcopy(model.config)
-    config._attn_implementation = "eager"
+    config._attn_implementation = attention
     config._experts_implementation = "eager"
+    config.final_logit_softcapping = None
     twin = type(model)(config)
     twin.load_state_dict(model.state_dict())
+    for module in twin.modules():
+        if type(module).__name__ == "BloomGelu":  # a Function that torch.func does not take
+            module.forward = lambda x: torch.nn.functional.gelu(x, approximate="tanh")
     return twin.double().eval()
+
+
+def soft_cap(logits: Tensor, cap: float | None) -> Tensor:
+    """What a model does to its logits last; the linearized ones end before."""
+    return logits if cap is None else cap * torch.tanh(logits / cap)

@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from tangent_peft.forward.attention_rule import AttentionShape, AttentionTangent, tangent_by_chunks
-from tangent_peft.forward.flash import can_flash, flash_tangent
-from tangent_peft.forward.level import LinearizedPass, autocast_dtype, current_pass, dual, split
+from tangent_peft.forward.attention_rule import AttentionShape
+from tangent_peft.forward.level import LinearizedPass, current_pass, dual, split
+from tangent_peft.forward.sdpa import SdpaDerivative, attention_tangent
 
 
 NAME = "tangent"
@@ -29,21 +29,65 @@ _PAGED = (
     "Attention implementation {!r} with a paged cache (continuous batching, `generate_batch`): it updates the cache "
     "itself and would lose the tangents. Use `model.generate`, or merge the mix first (`model.linearized(False)`)."
 )
+_FLEX = (
+    "Attention implementation {!r} has no derivative: its masks are programs that only its own kernel can read. Load the "
+    "model with attn_implementation='sdpa' (or 'eager')."
+)
+_OWN_KERNEL = (
+    "Attention implementation {!r} of a model with attention classes of its own: it calls the kernel by itself, which "
+    "has no derivative. Load the model with attn_implementation='eager'."
+)
 _PACKING = ("cu_seq_lens_q", "cu_seq_lens_k")  # where each sequence of a packed row begins, for flash kernels
 
 
 def derive_attention(opened: LinearizedPass) -> None:
     """Dispatches the attention of `opened.root` to `tangent_attention` until the pass closes."""
-    configs: dict[int, Any] = {id(m.config): m.config for m in opened.root.modules() if _has_config(m)}
-    for key, config in configs.items():
+    own_call = False
+    for config, through_interface in attention_configs(opened.root):
         chosen = config._attn_implementation
         if chosen in (None, "eager", NAME):
             continue
-        if chosen.startswith("paged|"):
-            raise NotImplementedError(_PAGED.format(chosen))
-        opened.primal_attention[key] = chosen
+        check_attention(chosen, through_interface)
+        if not through_interface:
+            own_call = True
+            continue
+        opened.primal_attention[id(config)] = chosen
         config._attn_implementation_internal = NAME
         opened.contexts.callback(_restore, config, chosen)
+    if own_call:
+        opened.modes.enter_context(SdpaDerivative())
+
+
+def attention_configs(root: nn.Module) -> list[tuple[Any, bool]]:
+    """The configs in `root`, each with whether its models look up their attention in `AttentionInterface`.
+
+    A model that does not has classes of its own, by implementation: it must find the name it was built with.
+    """
+    configs: dict[int, Any] = {id(m.config): m.config for m in root.modules() if _has_config(m)}
+    own: dict[int, bool] = {}
+    for model in root.modules():
+        if isinstance(model, PreTrainedModel):
+            key = id(model.config)
+            own[key] = own.get(key, True) and not type(model)._can_set_attn_implementation()
+    return [(config, not own.get(key, False)) for key, config in configs.items()]
+
+
+def check_attention(chosen: str, through_interface: bool) -> None:
+    """Refuses an implementation whose derivative is not known, wherever it is used.
+
+    Args:
+        chosen: its name in the model's config.
+        through_interface: whether the model looks it up in `AttentionInterface`.
+
+    Raises:
+        NotImplementedError: for a paged cache, flex attention, and kernels that a model calls by itself.
+    """
+    if chosen.startswith("paged|"):
+        raise NotImplementedError(_PAGED.format(chosen))
+    if "flex" in chosen:
+        raise NotImplementedError(_FLEX.format(chosen))
+    if not through_interface and chosen != "sdpa":
+        raise NotImplementedError(_OWN_KERNEL.format(chosen))
 
 
 def _has_config(module: nn.Module) -> bool:
@@ -118,17 +162,7 @@ def tangent_attention(
     mask = _allowed_keys(attention_mask, k)
     shape = _shape_of(module, chosen, q, k, attention_mask, scaling, kwargs)
     sinks = kwargs.get("s_aux")
-    dtype = _kernel_dtype(q)
-    tangents = tuple(None if t is None else t.to(dtype) for t in (dq, dk, dv))
-    primals = tuple(x.to(dtype) for x in (q, k, v, out.transpose(1, 2)))
-    if torch.is_grad_enabled() and any(x.requires_grad for x in primals):
-        # A weight below the tangent trains as well: its gradient passes through the primal, so autograd records all.
-        with torch.autocast(q.device.type, enabled=False):
-            tangent = tangent_by_chunks(primals, tangents, mask, sinks, shape)
-    elif can_flash(primals[0], primals[2]):
-        tangent = flash_tangent(primals, tangents, mask, sinks, shape)
-    else:
-        tangent = AttentionTangent.apply(*primals, *tangents, mask, sinks, shape)
+    tangent = attention_tangent((q, k, v, out.transpose(1, 2)), (dq, dk, dv), mask, sinks, shape)
     return dual(out, tangent.transpose(1, 2)), weights
 
 
@@ -142,11 +176,6 @@ def _primal_attention(
         return ALL_ATTENTION_FUNCTIONS[chosen](module, q, k, v, mask, **options)
     finally:
         config._attn_implementation_internal = NAME
-
-
-def _kernel_dtype(q: Tensor) -> torch.dtype:
-    """The dtype in which the fused kernels run: autocast's, where it is on."""
-    return autocast_dtype(q.device.type) or q.dtype
 
 
 def _shape_of(

@@ -38,6 +38,7 @@ from tangent_peft.forward.level import (
 )
 from tangent_peft.forward.randomness import random_state, refuse_randomness
 from tangent_peft.forward.replay import replay_blocks, replayable_blocks
+from tangent_peft.forward.rules import derive_functions
 
 
 class LinearizedForward:
@@ -98,6 +99,7 @@ class LinearizedForward:
         self._guard(True)  # not before: the pass of another thread that just ended took it away
         try:
             derive_attention(opened)
+            derive_functions(opened)
             replay_blocks(opened, self._gradient(), self._forced is None, kwargs)
             freeze_input(opened)
             if root.training and torch.is_grad_enabled():
