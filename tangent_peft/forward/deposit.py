@@ -113,5 +113,37 @@ class _Deposit(torch.autograd.Function):
         return grad, None, None, None, None, None
 
 
+def deposit_weight(weight: Tensor, scale: float, factors: tuple[Tensor | None, ...]) -> Tensor:
+    """Returns the weight for code that multiplies by it itself; its backward leaves λ times its gradient G with τ.
+
+    Args:
+        weight: W (out, in).
+        scale: λ.
+        factors: ΔW (out, in), B (out, r) and A (r, in), each a tensor or `None`.
+    """
+    replay: Collected = _state.replay
+    return _DepositWeight.apply(weight.detach(), replay.anchor, scale, factors, replay)
+
+
+class _DepositWeight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, anchor: Tensor, scale: float, factors: Any, replay: Collected) -> Tensor:
+        ctx.scale, ctx.factors, ctx.replay = scale, factors, replay
+        return weight.view_as(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        dense, b, a = ctx.factors
+        g = grad * ctx.scale
+        if dense is not None and dense.requires_grad:
+            ctx.replay.add(dense, g)
+        if b is not None and b.requires_grad:
+            ctx.replay.add(b, g @ a.detach().mT.to(g.dtype))
+        if a is not None and a.requires_grad:
+            ctx.replay.add(a, b.detach().mT.to(g.dtype) @ g)
+        return None, None, None, None, None
+
+
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])

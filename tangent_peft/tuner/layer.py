@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from tangent_peft.forward import current_pass, deposit, dual, is_replaying, split
+from tangent_peft.forward import current_pass, deposit, deposit_weight, dual, is_replaying, split
+from tangent_peft.tuner.guard import GuardedWeight
 from tangent_peft.tuner.holder import TangentHolder
 from tangent_peft.tuner.weights import TangentFactors, leaf_weight
 
@@ -178,18 +179,35 @@ class TangentLayer(TangentHolder):
 
     @property
     def weight(self) -> Tensor:
-        """The base layer's weight.
+        """The base layer's weight with that of active axes, for code that multiplies by it itself.
 
-        Raises:
-            RuntimeError: on a head inside a forward that would lose its tangent by reading W instead of calling it.
+        It is dual in a linearized pass and a sum where axes are weights; outside of a pass linearized axes add nothing.
+
+        The weight of a head is the exception, since the tangent has to end in a call of it: in a pass that one tells
+        its dtype, device and shape, and raises `RuntimeError` on use.
         """
-        if self.tangent_guarded and self.carried_axes():
-            raise RuntimeError(
+        weight, carried = super().weight, self.carried_axes()
+        if self.tangent_guarded and carried:
+            return GuardedWeight.of(
+                weight,
                 f"Something reads the weight of {self.layer_name!r} instead of calling it, so the tangent of axes "
-                f"{self.carried_axes()} on the head would be lost. TRL's own trainers do: train with "
-                "`TangentDPOTrainer`, or give the head no tangent: `TangentConfig(lm_head=False)`."
+                f"{carried} on the head would be lost. TRL's own trainers do: train with "
+                "`TangentDPOTrainer`, or give the head no tangent: `TangentConfig(lm_head=False)`.",
             )
-        return super().weight
+        linearized = bool(carried) and self._linearized(carried)
+        if linearized and is_replaying():
+            return self._layout(self._deposit_weight(self._layout(weight), carried))
+        if not carried or (linearized and current_pass() is None):
+            return weight
+        deltas = [self._layout(self.delta(name, scale)) for name, scale in carried.items()]
+        delta = sum(deltas[1:], deltas[0])
+        return dual(weight, delta) if linearized else weight + delta.to(weight.dtype)
+
+    def _deposit_weight(self, weight: Tensor, carried: dict[str, float]) -> Tensor:
+        for name, scale in carried.items():
+            factors = self.factors(name, 1.0)
+            weight = deposit_weight(weight, scale, (factors.dense, factors.b, factors.a))
+        return weight
 
     def __repr__(self) -> str:
         return "tangent." + nn.Module.__repr__(self)
