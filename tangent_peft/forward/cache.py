@@ -10,8 +10,9 @@ Every operation transformers performs on a cache between two steps (beam reorder
 static allocation) leaves that dimension alone, so all of them work unchanged, in any decoding loop.
 
 Cross-attention stores its keys once and afterwards reads them from the layer, past `update`; `reveal_cross_attention`
-shows them as dual tensors while a pass is open. Whatever a model keeps in a cache by a way of its own would still lose
-its tangents: `refuse_lost_tangents` looks for them before the pass closes.
+shows them as dual tensors while a pass is open. Convolutional and recurrent states are kept by `state_cache.py`.
+Whatever a model keeps in a cache by a way of its own would still lose its tangents: `refuse_lost_tangents` looks for
+them before the pass closes.
 
 Seam: `transformers.cache_utils.Cache.update` and its linear-attention siblings, wrapped once at import.
 Letters: B batch, K key/value heads, S keys, E head size.
@@ -33,6 +34,7 @@ from transformers.cache_utils import (
 )
 
 from tangent_peft.forward.level import LinearizedPass, carries_tangent, current_pass, dual, split
+from tangent_peft.forward.state_cache import has_states, holds_open_states, wrap_state_access
 
 
 _STAMP = "tangent_mix"
@@ -62,7 +64,7 @@ def _check_stamp(cache: Cache, layer_idx: int) -> None:
     stamp = vars(cache).get(_STAMP)
     if stamp == now:
         return
-    if int(cache.get_seq_length(layer_idx)) == 0:
+    if _is_empty(cache, layer_idx):
         vars(cache)[_STAMP] = now
         return
     filled, reads = (_describe(mix) for mix in (stamp, now))
@@ -71,6 +73,13 @@ def _check_stamp(cache: Cache, layer_idx: int) -> None:
         "prefix has other tangents, or none, and the result would belong to neither. Start with an empty cache after "
         "changing the axis weights, enabling or disabling axes, or switching `linearized(...)`."
     )
+
+
+def _is_empty(cache: Cache, layer_idx: int) -> bool:
+    layer = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
+    if has_states(layer):
+        return False
+    return not isinstance(layer, CacheLayerMixin) or int(layer.get_seq_length()) == 0
 
 
 def _describe(mix: Any) -> str:
@@ -162,7 +171,8 @@ def _holds_tangent(held: Any) -> bool:
     if not _is_cache(held):
         return False
     state = vars(held)
-    packed = ("keys", "values") if _PACKED in state else ()  # `update` stored them, or they are only revealed
+    packed = ["keys", "values"] if _PACKED in state else []  # `update` stored them, or they are only revealed
+    packed += ["conv_states", "recurrent_states"] if holds_open_states(held) else []
     return any(_holds_tangent(value) for name, value in state.items() if name not in packed)
 
 
@@ -192,13 +202,16 @@ def _wrap_update(original: Any) -> Any:
     return update
 
 
-def _wrap_state_update(original: Any) -> Any:
+def _is_stamped(cache: Cache) -> bool:
+    return _STAMP in vars(cache)
+
+
+def _wrap_indexer_update(original: Any) -> Any:
     @functools.wraps(original)
     def update(self: Cache, states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if current_pass() is not None and carries_tangent(states):
             raise NotImplementedError(
-                f"{original.__name__}: a recurrent or convolutional cache would lose its tangents between decoding "
-                "steps. Generate with `use_cache=False`, or merge the mix first (`model.linearized(False)`)."
+                f"{original.__name__}: what this cache keeps would lose its tangents between decoding steps. Generate with `use_cache=False`, or merge the mix first (`model.linearized(False)`)."
             )
         return original(self, states, *args, **kwargs)
 
@@ -210,9 +223,11 @@ def install() -> None:
     if "__wrapped__" in vars(Cache.update):
         return
     Cache.update = _wrap_update(Cache.update)  # type: ignore[method-assign]
-    for name in ("update_conv_state", "update_recurrent_state", "update_indexer"):
+    for name in ("get_conv_state", "get_recurrent_state", "update_conv_state", "update_recurrent_state"):
         if name in vars(Cache):
-            setattr(Cache, name, _wrap_state_update(vars(Cache)[name]))
+            setattr(Cache, name, wrap_state_access(vars(Cache)[name], _check_stamp, _is_stamped))
+    if "update_indexer" in vars(Cache):
+        Cache.update_indexer = _wrap_indexer_update(Cache.update_indexer)  # type: ignore[method-assign]
 
 
 install()

@@ -9,14 +9,13 @@ from typing import Any
 import pytest
 import torch
 from cases import config, tangent_model
-from conftest import VOCABULARY, batch, build
-from peft import PeftModel, get_peft_model
+from conftest import batch, build
+from peft import PeftModel
 from tolerances import assert_equal
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache
 
-from tangent_peft import TangentConfig
 from tangent_peft.forward import dual, split
 from tangent_peft.forward.cache import pack, unpack
 
@@ -161,41 +160,6 @@ def test_pack_and_unpack() -> None:
         without = split(unpack(pack(primal, None), primal_trains=False))
         assert torch.equal(without[0], primal) and torch.equal(without[1], torch.zeros_like(primal))
         assert split(dual(primal, None))[1] is None
-
-
-def recurrent(name: str) -> PreTrainedModel:
-    import transformers
-
-    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2}
-    if name == "mamba":
-        settings: Any = transformers.MambaConfig(**sizes, state_size=4)
-        return transformers.MambaForCausalLM(settings).eval()
-    settings = transformers.Qwen3NextConfig(
-        **sizes,
-        intermediate_size=48,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        linear_num_key_heads=2,
-        linear_num_value_heads=2,
-        linear_key_head_dim=8,
-        linear_value_head_dim=8,
-        num_experts=0,
-        layer_types=["linear_attention", "full_attention"],
-    )
-    return transformers.Qwen3NextForCausalLM(settings).eval()
-
-
-@pytest.mark.parametrize("name", ["mamba", "qwen3-next"])
-def test_recurrent_caches_raise(name: str) -> None:
-    model = get_peft_model(
-        recurrent(name), TangentConfig(task_type="CAUSAL_LM", init_weights=False, lm_head=False)
-    ).eval()
-    with torch.no_grad(), pytest.raises(NotImplementedError, match="use_cache=False"):
-        model(input_ids=IDS, use_cache=True)
-    uncached = model(input_ids=IDS, use_cache=False).logits
-    with model.disable_adapter():
-        assert not torch.equal(model(input_ids=IDS, use_cache=True).logits, uncached)
 
 
 class WithStates(DynamicCache):
