@@ -190,5 +190,5 @@ FAMILIES = [
     Family("falcon_mamba", {"state_size": 4, "time_step_rank": 4}),
     Family("recurrent_gemma", {"block_types": ["recurrent", "recurrent", "attention"], "attention_window_size": 8, "lru_width": 32, "head_dim": 8}),
     Family("rwkv", {"attention_hidden_size": 32, "rescale_every": 0}),
-    Family("xlstm", {"num_heads": 4, "num_blocks": 3}),
+    Family("xlstm", {"num_heads": 4, "num_blocks": 3, "qk_dim_factor": 1.0, "hidden_size": 64}),
 ]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from cases import config, deltas, tangent_layers
 from families import VOCABULARY, Family
-from oracle import InFloat64, float64_twin, gradient, linearized, soft_cap
+from oracle import CAPS, InFloat64, float64_twin, gradient, linearized, soft_cap
 from peft import PeftModel, get_peft_model
 from tolerances import relative_error
 from torch import Tensor
@@ -93,7 +93,7 @@ def measure(family: Family) -> Measured:
 def _oracle(family: Family, tangents: Any, inputs: Any, cotangent: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """f(θ₀), f_lin and the gradient in float64, of the logits as the model returns them."""
     model = family.build()
-    cap = vars(model.config).get("final_logit_softcapping")
+    cap = next((vars(model.config)[name] for name in CAPS if name in vars(model.config)), None)
     twin, tangents = float64_twin(model, family.oracle), {name: x.double() for name, x in tangents.items()}
     with InFloat64(), sdpa_kernel(SDPBackend.MATH):
         base, linear = linearized(twin, tangents, **inputs)

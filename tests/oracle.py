@@ -16,6 +16,8 @@ from torch.func import functional_call, jvp, vjp
 from torch.overrides import TorchFunctionMode
 
 
+CAPS = ("final_logit_softcapping", "output_logit_soft_cap")  # names of the cap that ends some models
+NO_CAP = 1e12
 Deltas = Mapping[str, Tensor]  # ΔW by the name of the weight in the unmodified model, in its layout
 
 
@@ -91,7 +93,7 @@ def float64_twin(model: nn.Module, attention: str = "eager") -> nn.Module:
     config = copy.deepcopy(model.config)
     config._attn_implementation = attention
     config._experts_implementation = "eager"
-    config.final_logit_softcapping = None
+    vars(config).update({name: NO_CAP for name in CAPS if vars(config).get(name)})
     twin = type(model)(config)
     twin.load_state_dict(model.state_dict())
     for module in twin.modules():

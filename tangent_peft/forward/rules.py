@@ -6,6 +6,7 @@ here; where it is not, `support.py` refuses the module that calls it.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,3 +48,35 @@ def derive_functions(opened: LinearizedPass) -> None:
             namespace = vars(sys.modules[home])
             opened.contexts.callback(namespace.update, {name: namespace[name]})
             namespace[name] = rule
+
+
+# ---- optional kernel packages ------------------------------------------------------------------------------------------
+
+#: Functions that transformers takes from mamba-ssm, causal-conv1d and flash-linear-attention if these are installed.
+#: Their kernels have no derivative, and some that change states in place would lose the tangent without a word.
+KERNELS = frozenset(
+    {
+        "causal_conv1d_fn",
+        "causal_conv1d_update",
+        "chunk_gated_delta_rule",
+        "chunk_kda",
+        "fused_recurrent_gated_delta_rule",
+        "fused_recurrent_kda",
+        "mamba_chunk_scan_combined",
+        "mamba_inner_fn",
+        "mamba_split_conv1d_scan_combined",
+        "selective_scan_fn",
+        "selective_state_update",
+    }
+)
+
+
+def derive_kernels(opened: LinearizedPass) -> None:
+    """Puts transformers' reference implementations in the place of such kernels until the pass closes."""
+    for home in {type(module).__module__ for module in opened.root.modules()}:
+        if not home.startswith("transformers.models."):
+            continue
+        namespace = vars(sys.modules[home])
+        for name in KERNELS & namespace.keys():
+            opened.contexts.callback(namespace.update, {name: namespace[name]})
+            namespace[name] = inspect.unwrap(namespace[name])

@@ -20,7 +20,7 @@ from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tangent_peft.forward import LinearizedForward
+from tangent_peft.forward import LinearizedForward, check_support
 from tangent_peft.tuner import axes, export
 from tangent_peft.tuner.config import TangentConfig
 from tangent_peft.tuner.dispatch import wrap_layer
@@ -96,12 +96,15 @@ class TangentModel(BaseTuner):
 
         Raises:
             ValueError: if the adapter was trained on another base model, or nothing can carry its tangent.
+            NotImplementedError: if the model can not be linearized exactly, with the remedy.
         """
         if not isinstance(self.peft_config, AxisConfigs):
             self.peft_config = AxisConfigs(self.peft_config)
         # A copy, which takes what is found out about this base: one config may be given to several models.
         config = self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
         check_fingerprint(config.base_fingerprint, model, adapter_name)
+        if config.linearize:
+            check_support(model)
         before, forced = axes.snapshot(model), self._forced()
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if config.base_fingerprint is None and not config.inference_mode:

@@ -14,6 +14,8 @@ from tangent_peft.tuner.config import TangentConfig
 
 
 LINEAR = (nn.Linear, Conv1D)
+#: Classes of transformers that derive from `nn.Linear` and compute something else: routers, products by groups.
+NOT_AFFINE = frozenset({"Llama4Router", "PhimoeTopKRouter", "DeepseekV4GroupedLinear", "IdeficsDecoupledLinear"})
 ALL_LINEAR = "all-linear"
 
 
@@ -57,7 +59,8 @@ def _longest_list(model: nn.Module, prefix: str, layers_pattern: list[str] | str
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a tangent can be carried there: a linear layer, wrapped or not."""
-    return isinstance(module, LINEAR) or (isinstance(module, BaseTunerLayer) and isinstance(module.base_layer, LINEAR))
+    layer = module.base_layer if isinstance(module, BaseTunerLayer) else module
+    return isinstance(layer, LINEAR) and type(layer).__name__ not in NOT_AFFINE
 
 
 def block_index(key: str, blocks: tuple[str, int] | None) -> int | None:
