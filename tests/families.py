@@ -184,7 +184,7 @@ FAMILIES = [
     Family("bamba", {**MAMBA2, "attn_layer_indices": [2]}),
     Family("falcon_h1", {**MAMBA2, "mamba_d_ssm": 64, "head_dim": 8}),
     Family("jamba", {**EXPERTS, "mamba_d_state": 4, "mamba_dt_rank": 4, "use_mamba_kernels": False, "attn_layer_period": 3, "attn_layer_offset": 2}),
-    Family("zamba2", {**MAMBA2, "layer_types": ["linear_attention", "linear_attention", "hybrid"], "mamba_headdim": 16, "n_mamba_heads": 4, "mamba_ngroups": 1, "chunk_size": 4}),
+    Family("zamba2", {**MAMBA2, "layers_block_type": ["linear_attention", "hybrid", "hybrid"], "mamba_headdim": 16, "n_mamba_heads": 4, "mamba_ngroups": 1, "chunk_size": 4}),
     Family("mamba", {"state_size": 4, "time_step_rank": 4}),
     Family("mamba2", {"num_heads": 4, "head_dim": 16, "n_groups": 1, "state_size": 8, "chunk_size": 4}),
     Family("falcon_mamba", {"state_size": 4, "time_step_rank": 4}),

@@ -32,11 +32,13 @@ def find_head(root: nn.Module) -> nn.Module | None:
 
     Returns `None` for a backbone, for a module that is not a transformers model, and for a head of several layers.
     """
-    if not isinstance(root, PreTrainedModel) or root.base_model is root:
+    if not isinstance(root, PreTrainedModel):
         return None
     head = root.get_output_embeddings()
     if head is not None:
         return head
+    if root.base_model is root:
+        return None
     others = [child for child in root.children() if child is not root.base_model and _has_parameters(child)]
     return others[0] if len(others) == 1 and _is_affine(others[0]) else None
 
