@@ -24,6 +24,7 @@ from tangent_peft.forward.attention import derive_attention
 from tangent_peft.forward.cache import refuse_lost_tangents, reveal_cross_attention
 from tangent_peft.forward.carrier import Gradient, TangentCarrier
 from tangent_peft.forward.exits import TangentExit, find_exit, find_head
+from tangent_peft.forward.experts import check_experts, derive_experts
 from tangent_peft.forward.level import (
     LinearizedPass,
     carries_tangent,
@@ -53,6 +54,7 @@ class LinearizedForward:
         self._forced: Gradient | None = None
         head = find_head(root)
         self.guarded = [carrier for carrier in self.carriers if carrier is head]
+        check_experts(root)
         exit_ = find_exit(root, set(self.carriers))
         self.handles = [
             root.register_forward_pre_hook(self._open, with_kwargs=True),
@@ -98,6 +100,7 @@ class LinearizedForward:
         self._guard(True)  # not before: the pass of another thread that just ended took it away
         try:
             derive_attention(opened)
+            derive_experts(opened)
             replay_blocks(opened, self._gradient(), self._forced is None, kwargs)
             freeze_input(opened)
             if root.training and torch.is_grad_enabled():
