@@ -4,6 +4,9 @@ f_lin is linear in τ, so the gradient of a layer's ΔW is the one its weight wo
 
     B: gᵀ (A x)     A: (Bᵀ g)ᵀ x
 
+Where τ does something else than multiply x, autograd finds the gradient: `leave` starts τ's graph at its parameters,
+`graft` joins it to the primal without changing the value.
+
 This file knows tensors only.
 """
 
@@ -111,6 +114,43 @@ class _Deposit(torch.autograd.Function):
         if to_a is not None and to_a.requires_grad:
             ctx.replay.add(to_a, (g @ b).mT @ x)
         return grad, None, None, None, None, None
+
+
+def leave(parameter: Tensor) -> Tensor:
+    """The value of a parameter; its backward leaves the gradient that arrives here with that parameter."""
+    if not parameter.requires_grad:
+        return parameter
+    replay: Collected = _state.replay
+    return _Leave.apply(replay.anchor, parameter, replay)
+
+
+class _Leave(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, parameter: Any, replay: Collected) -> Tensor:
+        ctx.parameter, ctx.replay = parameter, replay
+        return parameter.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.replay.add(ctx.parameter, grad)
+        return None, None, None
+
+
+def graft(primal: Tensor, tangent: Tensor) -> Tensor:
+    """The value of `primal`, in backward the sum of the two: the gradient of τ as that of a weight at θ₀."""
+    return _Graft.apply(primal, tangent)
+
+
+class _Graft(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, primal: Tensor, tangent: Tensor) -> Tensor:
+        return primal.view_as(primal)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return tuple(grad if need else None for need in ctx.needs_input_grad)
 
 
 def _rows(x: Tensor) -> Tensor:
