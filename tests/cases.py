@@ -41,8 +41,9 @@ def tangent_layers(model: torch.nn.Module) -> list[TangentLayer]:
 def deltas(model: PeftModel) -> dict[str, Tensor]:
     """ΔW of the active mix by the weight's name in the unmodified model."""
     return {
-        f"{layer.layer_name}.weight": sum(layer.get_delta_weight(axis) for axis in layer.carried_axes()).detach()
+        layer.weight_name: sum(layer.get_delta_weight(axis) for axis in layer.carried_axes()).detach()
         for layer in tangent_layers(model)
+        if layer.carried_axes()
     }
 
 

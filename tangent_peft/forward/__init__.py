@@ -4,8 +4,9 @@ from tangent_peft.forward import cache as cache
 from tangent_peft.forward.carrier import Gradient as Gradient
 from tangent_peft.forward.carrier import TangentCarrier as TangentCarrier
 from tangent_peft.forward.deposit import deposit as deposit
-from tangent_peft.forward.deposit import deposit_weight as deposit_weight
+from tangent_peft.forward.deposit import graft as graft
 from tangent_peft.forward.deposit import is_replaying as is_replaying
+from tangent_peft.forward.deposit import leave as leave
 from tangent_peft.forward.dual import LinearizedForward as LinearizedForward
 from tangent_peft.forward.exits import find_head as find_head
 from tangent_peft.forward.flash import use_flash_tangent as use_flash_tangent

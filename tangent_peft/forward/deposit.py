@@ -4,6 +4,9 @@ f_lin is linear in τ, so the gradient of a layer's ΔW is the one its weight wo
 
     B: gᵀ (A x)     A: (Bᵀ g)ᵀ x
 
+Where τ does something else than multiply x, autograd finds the gradient: `leave` starts τ's graph at its parameters,
+`graft` joins it to the primal without changing the value.
+
 This file knows tensors only.
 """
 
@@ -113,36 +116,41 @@ class _Deposit(torch.autograd.Function):
         return grad, None, None, None, None, None
 
 
-def deposit_weight(weight: Tensor, scale: float, factors: tuple[Tensor | None, ...]) -> Tensor:
-    """Returns the weight for code that multiplies by it itself; its backward leaves λ times its gradient G with τ.
-
-    Args:
-        weight: W (out, in).
-        scale: λ.
-        factors: ΔW (out, in), B (out, r) and A (r, in), each a tensor or `None`.
-    """
+def leave(parameter: Tensor) -> Tensor:
+    """The value of a parameter; its backward leaves the gradient that arrives here with that parameter."""
+    if not parameter.requires_grad:
+        return parameter
     replay: Collected = _state.replay
-    return _DepositWeight.apply(weight.detach(), replay.anchor, scale, factors, replay)
+    return _Leave.apply(replay.anchor, parameter, replay)
 
 
-class _DepositWeight(torch.autograd.Function):
+class _Leave(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, anchor: Tensor, scale: float, factors: Any, replay: Collected) -> Tensor:
-        ctx.scale, ctx.factors, ctx.replay = scale, factors, replay
-        return weight.view_as(weight)
+    def forward(ctx: Any, anchor: Tensor, parameter: Any, replay: Collected) -> Tensor:
+        ctx.parameter, ctx.replay = parameter, replay
+        return parameter.detach()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        dense, b, a = ctx.factors
-        g = grad * ctx.scale
-        if dense is not None and dense.requires_grad:
-            ctx.replay.add(dense, g)
-        if b is not None and b.requires_grad:
-            ctx.replay.add(b, g @ a.detach().mT.to(g.dtype))
-        if a is not None and a.requires_grad:
-            ctx.replay.add(a, b.detach().mT.to(g.dtype) @ g)
-        return None, None, None, None, None
+        ctx.replay.add(ctx.parameter, grad)
+        return None, None, None
+
+
+def graft(primal: Tensor, tangent: Tensor) -> Tensor:
+    """The value of `primal`, in backward the sum of the two: the gradient of τ as that of a weight at θ₀."""
+    return _Graft.apply(primal, tangent)
+
+
+class _Graft(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, primal: Tensor, tangent: Tensor) -> Tensor:
+        return primal.view_as(primal)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return tuple(grad if need else None for need in ctx.needs_input_grad)
 
 
 def _rows(x: Tensor) -> Tensor:

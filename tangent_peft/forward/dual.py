@@ -31,6 +31,7 @@ from tangent_peft.forward.level import (
     close_interrupted_pass,
     close_pass,
     current_pass,
+    dual,
     join,
     map_tensors,
     open_pass,
@@ -189,8 +190,11 @@ def freeze_input(opened: LinearizedPass) -> None:
 
 
 def _detach_frozen(module: nn.Module, args: Any, output: Any) -> Any:
-    frozen = isinstance(output, Tensor) and not any(p.requires_grad for p in module.parameters())
-    return output.detach() if frozen and not carries_tangent(output) else output
+    tangents = {p for m in module.modules() if isinstance(m, TangentCarrier) for p in m.tangent_parameters()}
+    if not isinstance(output, Tensor) or any(p.requires_grad and p not in tangents for p in module.parameters()):
+        return output
+    primal, tangent = split(output)
+    return dual(primal.detach(), tangent)
 
 
 def _leave_root(running: LinearizedPass, output: Any) -> Any:

@@ -2,6 +2,8 @@
 
 from tangent_peft.tuner.axes import axis_norm as axis_norm
 from tangent_peft.tuner.config import TangentConfig as TangentConfig
+from tangent_peft.tuner.embedding import TangentEmbedding as TangentEmbedding
+from tangent_peft.tuner.experts import TangentExperts as TangentExperts
 from tangent_peft.tuner.export import LoraExport as LoraExport
 from tangent_peft.tuner.layer import TangentLayer as TangentLayer
 from tangent_peft.tuner.linear import TangentConv1D as TangentConv1D

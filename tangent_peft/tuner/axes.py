@@ -22,6 +22,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from tangent_peft.tuner.config import TangentConfig
+from tangent_peft.tuner.experts import TangentExperts
 from tangent_peft.tuner.layer import TangentLayer
 from tangent_peft.tuner.weights import TangentFactors, leaf_weight
 
@@ -286,7 +287,10 @@ def _mix_layer(layer: TangentLayer, weights: Mapping[str, float]) -> TangentFact
     bs, projections = [f.b for f in factors if f.b is not None], [f.a for f in factors if f.a is not None]
     if len(factors) == 1 or _common_projection(layer, weights) is not None:
         return TangentFactors(b=sum(bs[1:], start=bs[0]), a=projections[0])
-    return TangentFactors(b=torch.cat(bs, dim=1), a=torch.cat(projections, dim=0))
+    leading = torch.broadcast_shapes(*(a.shape[:-2] for a in projections))
+    return TangentFactors(
+        b=torch.cat(bs, dim=-1), a=torch.cat([a.expand(*leading, *a.shape[-2:]) for a in projections], dim=-2)
+    )
 
 
 def _common_projection(layer: TangentLayer, weights: Mapping[str, float]) -> tuple[int, int] | None:
@@ -299,9 +303,7 @@ def _uniform(mixed: Mapping[str, TangentFactors]) -> dict[str, TangentFactors]:
     """Dense at every layer if it is at one: an adapter has one form of τ."""
     if all(factors.dense is None for factors in mixed.values()):
         return dict(mixed)
-    return {
-        name: TangentFactors(dense=f.b @ f.a) if f.b is not None and f.a is not None else f for name, f in mixed.items()
-    }
+    return {name: TangentFactors(dense=factors.product()) for name, factors in mixed.items()}
 
 
 def _mixed_config(
@@ -313,18 +315,20 @@ def _mixed_config(
             f"Axes { {name: tuner.peft_config[name].linearize for name in weights} } (linearize) can not be stored as "
             "one: one adapter either is linearized or adds its weights."
         )
-    ranks = {name: factors.a.shape[0] for name, factors in mixed.items() if factors.a is not None}
+    ranks = {name: factors.a.shape[-2] for name, factors in mixed.items() if factors.a is not None}
     r = max(ranks.values(), default=None)
     keys = [_common_projection(layer, weights) for layer in tangent_layers(tuner.model) if layer.layer_name in mixed]
     seeds = {None if key is None else key[0] for key in keys}
     shared = len(seeds) == 1 and None not in seeds
+    fused = {layer.layer_name for layer in tangent_layers(tuner.model) if isinstance(layer, TangentExperts)}
     return TangentConfig(
         r=r,
         projection="shared" if r is None or shared else "trained",
         projection_seed=seeds.pop() if shared else 0,  # type: ignore[arg-type]
         num_layers=None,
         lm_head=False,
-        target_modules=sorted(mixed),
+        target_modules=sorted(set(mixed) - fused),
+        target_parameters=sorted(set(mixed) & fused) or None,
         rank_pattern={name.replace(".", r"\."): k for name, k in ranks.items() if k != r},
         linearize=sources[0].linearize,
         task_type=sources[0].task_type,
@@ -340,4 +344,5 @@ def _fill(layer: TangentLayer, adapter_name: str, factors: TangentFactors) -> No
         holder = layer.get_submodule(attribute)
         if isinstance(holder, nn.ModuleDict) and adapter_name in holder and value is not None:
             weight = leaf_weight(holder, adapter_name)
-            holder[adapter_name].weight = nn.Parameter(value.detach().to(weight.device).clone(), requires_grad=False)
+            copied = value.detach().to(weight.device).expand(weight.shape).clone()
+            holder[adapter_name].weight = nn.Parameter(copied, requires_grad=False)

@@ -32,6 +32,8 @@ class TangentConfig(PeftConfig):
         target_modules: names or a regular expression as in LoRA; `None` and `"all-linear"`: every linear layer of the
             selected blocks. A regular expression addresses whole names: `num_layers` and `lm_head` do not apply to it.
         exclude_modules: names or a regular expression that are never wrapped.
+        target_parameters: names of fused expert weights (E, …), such as "experts.gate_up_proj", to give a tangent per
+            expert, in the selected blocks; `target_modules=[]` wraps these alone.
         layers_to_transform: block indices to wrap instead of the last `num_layers`.
         layers_pattern: name of the block list, where it is ambiguous.
         rank_pattern: rank by layer name or regular expression, where it differs from `r`.
@@ -57,6 +59,9 @@ class TangentConfig(PeftConfig):
         default=None, metadata={"help": "Modules to wrap, as in LoRA; None: every linear layer of the selected blocks."}
     )
     exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules never to wrap."})
+    target_parameters: list[str] | None = field(
+        default=None, metadata={"help": "Fused expert weights (E, ...) to give a tangent per expert, as in LoRA."}
+    )
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Block indices to wrap."})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of blocks."})
     rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "Ranks that differ from r, by name."})
@@ -78,6 +83,11 @@ class TangentConfig(PeftConfig):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # as LoRA: saved sorted
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        if isinstance(self.target_parameters, str):
+            raise ValueError(
+                f"`target_parameters` is a list of names, found the string {self.target_parameters!r}; there are no "
+                "regular expressions for parameters. Put it into a list."
+            )
         by_index = self.layers_to_transform is not None or self.layers_pattern is not None
         if by_index and isinstance(self.target_modules, str) and self.target_modules != "all-linear":
             raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from tangent_peft.tuner.embedding import TangentEmbedding
 from tangent_peft.tuner.layer import TangentLayer
 from tangent_peft.tuner.linear import TangentConv1D, TangentLinear
 
@@ -19,7 +20,10 @@ def wrap_layer(base_layer: nn.Module, layer_name: str) -> TangentLayer:
         return TangentLinear(base_layer, layer_name)
     if isinstance(base_layer, Conv1D):
         return TangentConv1D(base_layer, layer_name)
+    if isinstance(base_layer, nn.Embedding):
+        return TangentEmbedding(base_layer, layer_name)
     raise TypeError(
-        f"Module {layer_name!r} is a {type(base_layer).__name__}; a tangent can be carried by torch.nn.Linear and "
-        "transformers' Conv1D. Take it out of `target_modules`, or add it to `exclude_modules`."
+        f"Module {layer_name!r} is a {type(base_layer).__name__}; a tangent can be carried by torch.nn.Linear, "
+        "transformers' Conv1D and torch.nn.Embedding. Take it out of `target_modules`, or add it to `exclude_modules`; "
+        "the fused weights of experts are named in `target_parameters`."
     )

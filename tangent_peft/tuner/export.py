@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tangent_peft.tuner.axes import active_weights, check_weights, mix_factors, refuse_saved_modules, tangent_layers
+from tangent_peft.tuner.experts import TangentExperts
+from tangent_peft.tuner.lora_format import lora_state
 from tangent_peft.tuner.registration import PREFIX
 from tangent_peft.tuner.weights import TangentFactors
 
@@ -110,7 +112,7 @@ def _merged_state(tuner: TangentModel, weights: Mapping[str, float]) -> dict[str
             delta = layer.delta(name, scale)
             weight = weight + layer._layout(delta).to(weight.device, weight.dtype)
         if present:
-            state[f"{layer.layer_name}.weight"] = nn.Parameter(weight, requires_grad=False)
+            state[layer.weight_name] = nn.Parameter(weight, requires_grad=False)
     return state
 
 
@@ -124,8 +126,8 @@ def export_lora(tuner: TangentModel, path: Path, weights: Mapping[str, float] | 
         rank: rank of the LoRA. `None`: the rank of the mix, exact, for low-rank axes; 16 for dense ones. A smaller rank
             is the best approximation, by SVD.
 
-    On a head that is tied to the input embedding the LoRA is right as an adapter, but stock PEFT's `merge_and_unload`
-    adds it to the embedding as well; a warning says so, and `export_merged` has no such limit.
+    On a head or embedding that are tied to each other the LoRA is right as an adapter, but stock PEFT's
+    `merge_and_unload` adds it to the other one as well; a warning says so, and `export_merged` has no such limit.
 
     Returns:
         The rank and the relative error of the LoRA.
@@ -144,13 +146,15 @@ def export_lora(tuner: TangentModel, path: Path, weights: Mapping[str, float] | 
         pairs = {name: lora_factors(factors, rank) for name, factors in mixed.items()}
         error = _relative_error(mixed, pairs)
     _warn_of_tied_head(tuner, pairs)
-    ranks = {name: a.shape[0] for name, (_, a) in pairs.items()}
+    ranks = {name: a.shape[-2] for name, (_, a) in pairs.items()}
     r = max(ranks.values())
+    fused = {layer.layer_name for layer in tangent_layers(tuner.model) if isinstance(layer, TangentExperts)}
     source = tuner.peft_config[next(iter(chosen))]
     config = LoraConfig(
         r=r,
         lora_alpha=r,
-        target_modules=sorted(pairs),
+        target_modules=sorted(set(pairs) - fused),
+        target_parameters=sorted(set(pairs) & fused) or None,
         rank_pattern={name.replace(".", r"\."): k for name, k in ranks.items() if k != r},
         alpha_pattern={name.replace(".", r"\."): k for name, k in ranks.items() if k != r},
         task_type=source.task_type,
@@ -159,10 +163,7 @@ def export_lora(tuner: TangentModel, path: Path, weights: Mapping[str, float] | 
     )
     path.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(path))
-    state = {}
-    for name, (b, a) in pairs.items():
-        state[f"base_model.model.{name}.lora_B.weight"] = b.contiguous().cpu()
-        state[f"base_model.model.{name}.lora_A.weight"] = a.contiguous().cpu().clone()
+    state = lora_state(tangent_layers(tuner.model), pairs)
     save_file(state, path / "adapter_model.safetensors", metadata={"format": "pt"})
     return LoraExport(path, r, error)
 
@@ -171,27 +172,27 @@ def _warn_of_tied_head(tuner: TangentModel, exported: Mapping[str, object]) -> N
     for layer in tangent_layers(tuner.model):
         if layer.tangent_tied and layer.layer_name in exported:
             warnings.warn(
-                f"The head {layer.layer_name!r} is tied to the input embedding: run this LoRA as an adapter. Merging "
-                "it with stock PEFT (`merge_and_unload`) would change the embedding as well; to get merged weights, "
-                "use `export_merged`.",
+                f"{layer.layer_name!r}: head and input embedding are tied, so run this LoRA as an adapter. Merging it "
+                "with stock PEFT (`merge_and_unload`) would change the other one as well; to get merged weights, use "
+                "`export_merged`.",
                 stacklevel=4,
             )
 
 
 def lora_factors(factors: TangentFactors, rank: int | None) -> tuple[Tensor, Tensor]:
-    """(B, A) with B·A = ΔW (out, in), of at most `rank` columns; the best approximation where ΔW has a higher rank."""
+    """(B, A) with B·A = ΔW (…, out, in), of at most `rank` columns each; the best approximation of a higher rank."""
     if factors.a is not None and factors.b is not None:
-        own = factors.a.shape[0]
+        own = factors.a.shape[-2]
         if rank is None or rank >= own:
             return factors.b, factors.a
         # ΔW = B·A with A = L·Q, so the singular values of B·L are those of ΔW.
         q, triangle = torch.linalg.qr(_at_least_single(factors.a).mT)
         u, s, vh = torch.linalg.svd(_at_least_single(factors.b) @ triangle.mT, full_matrices=False)
-        return u[:, :rank] * s[:rank], vh[:rank] @ q.mT
+        return u[..., :rank] * s[..., None, :rank], vh[..., :rank, :] @ q.mT
     assert factors.dense is not None
-    kept = min(16 if rank is None else rank, *factors.dense.shape)
+    kept = min(16 if rank is None else rank, *factors.dense.shape[-2:])
     u, s, vh = torch.linalg.svd(_at_least_single(factors.dense), full_matrices=False)
-    return u[:, :kept] * s[:kept], vh[:kept]
+    return u[..., :kept] * s[..., None, :kept], vh[..., :kept, :]
 
 
 def _at_least_single(value: Tensor) -> Tensor:
@@ -205,9 +206,7 @@ def _relative_error(mixed: Mapping[str, TangentFactors], pairs: Mapping[str, tup
         if factors.a is not None and factors.b is not None and pairs[name][1] is factors.a:
             total += float(_at_least_single(factors.b @ factors.a).square().sum())
             continue
-        delta = _at_least_single(
-            factors.dense if factors.dense is not None else factors.b @ factors.a  # type: ignore[operator]
-        )
+        delta = _at_least_single(factors.product())
         b, a = pairs[name]
         missed += float((delta - b @ a).square().sum())
         total += float(delta.square().sum())

@@ -34,10 +34,18 @@ class TangentHolder(TangentCarrier, BaseTunerLayer):
 
     base_layer: Any  # nn.Linear or Conv1D, or another tuner's layer around one
 
-    def __init__(self, base_layer: nn.Module, in_features: int, out_features: int, layer_name: str) -> None:
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        in_features: int,
+        out_features: int,
+        layer_name: str,
+        leading: tuple[int, ...] = (),
+    ) -> None:
         nn.Module.__init__(self)
         self.base_layer = base_layer
         self.in_features, self.out_features = in_features, out_features
+        self.leading = leading  # (E,) for the fused weights of E experts
         self.layer_name = layer_name
         self.tangent_delta = nn.ModuleDict()
         self.tangent_A = nn.ModuleDict()
@@ -65,9 +73,9 @@ class TangentHolder(TangentCarrier, BaseTunerLayer):
         self.tangent_linearize[adapter_name] = config.linearize
         self.tangent_gradient[adapter_name] = config.gradient
         if r is None:
-            self.tangent_delta[adapter_name] = TangentWeight(self.out_features, self.in_features)
+            self.tangent_delta[adapter_name] = TangentWeight(*self.leading, self.out_features, self.in_features)
         else:
-            self.tangent_B[adapter_name] = TangentWeight(self.out_features, r)
+            self.tangent_B[adapter_name] = TangentWeight(*self.leading, self.out_features, r)
             self._set_projection(adapter_name, r, config)
         if not config.init_weights:
             self._randomize(adapter_name)
@@ -78,24 +86,31 @@ class TangentHolder(TangentCarrier, BaseTunerLayer):
         key = (config.projection_seed, r)
         known = next((name for name, other in self.tangent_key.items() if other == key), None)
         projection = (
-            shared_projection(config.projection_seed, self.layer_name, r, self.in_features)
-            if known is None
-            else self.tangent_projection[known]
+            self._shared_projection(config.projection_seed, r) if known is None else self.tangent_projection[known]
         )
         if config.projection == "shared":
             self.tangent_key[adapter_name] = key
             self.tangent_projection[adapter_name] = projection
             return
-        self.tangent_A[adapter_name] = TangentWeight(r, self.in_features)
+        self.tangent_A[adapter_name] = TangentWeight(*self.leading, r, self.in_features)
         weight = leaf_weight(self.tangent_A, adapter_name)
         if not weight.is_meta:  # low_cpu_mem_usage: the weights come from the checkpoint
             weight.data.copy_(projection)
+
+    def _shared_projection(self, seed: int, r: int) -> Tensor:
+        """A (r, in) with orthonormal rows; one for all experts of a fused weight."""
+        return shared_projection(seed, self.layer_name, r, self.in_features)
 
     def _randomize(self, adapter_name: str) -> None:
         """A tangent of about a percent of a typical weight, for tests."""
         for holder in (self.tangent_delta, self.tangent_B):
             if adapter_name in holder and not leaf_weight(holder, adapter_name).is_meta:
                 nn.init.normal_(leaf_weight(holder, adapter_name), std=0.02)
+
+    @property
+    def weight_name(self) -> str:
+        """Full name of the weight in the unmodified model."""
+        return f"{self.layer_name}.weight"
 
     def trained_adapters(self) -> frozenset[str]:
         """The adapters that train at this layer, or will once it is enabled again."""

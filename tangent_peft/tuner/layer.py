@@ -7,6 +7,7 @@ A wrapped layer maps the dual pair (x, ẋ) to (W x + b, W ẋ + Σ λᵢ τᵢ 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,13 +15,18 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from tangent_peft.forward import current_pass, deposit, deposit_weight, dual, is_replaying, split
+from tangent_peft.forward import current_pass, deposit, dual, graft, is_replaying, leave, split
 from tangent_peft.tuner.guard import GuardedWeight
 from tangent_peft.tuner.holder import TangentHolder
 from tangent_peft.tuner.weights import TangentFactors, leaf_weight
 
 
 STACKED_ROWS = 64  # up to so many rows, reading the weight costs more than multiplying by it
+
+
+def itself(x: Tensor) -> Tensor:
+    """The identity."""
+    return x
 
 
 class TangentLayer(TangentHolder):
@@ -39,22 +45,18 @@ class TangentLayer(TangentHolder):
             self.tangent_projection[adapter_name] = self.tangent_projection[adapter_name].to(device)
         return self.tangent_projection[adapter_name]
 
-    def factors(self, adapter_name: str, scale: float) -> TangentFactors:
-        """The tangent of an adapter at weight `scale`, connected to its parameters."""
+    def factors(self, adapter_name: str, scale: float, through: Callable[[Tensor], Tensor] = itself) -> TangentFactors:
+        """The tangent of an adapter at weight `scale`, connected to its parameters: to what `through` makes of them."""
         if self.tangent_r[adapter_name] is None:
-            weight = leaf_weight(self.tangent_delta, adapter_name)
+            weight = through(leaf_weight(self.tangent_delta, adapter_name))
             return TangentFactors(dense=weight if scale == 1.0 else weight * scale)
-        weight = leaf_weight(self.tangent_B, adapter_name)
-        a = self.projection(adapter_name, weight.device).to(weight.dtype)
+        weight = through(leaf_weight(self.tangent_B, adapter_name))
+        a = through(self.projection(adapter_name, weight.device)).to(weight.dtype)
         return TangentFactors(b=weight if scale == 1.0 else weight * scale, a=a)
 
     def delta(self, adapter_name: str, scale: float) -> Tensor:
         """λ·ΔW (out, in) of an adapter at λ = `scale`."""
-        factors = self.factors(adapter_name, scale)
-        if factors.dense is not None:
-            return factors.dense
-        assert factors.b is not None and factors.a is not None
-        return factors.b @ factors.a
+        return self.factors(adapter_name, scale).product()
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """λ·ΔW in the layout of the base weight, at the adapter's current λ."""
@@ -92,16 +94,19 @@ class TangentLayer(TangentHolder):
         if is_replaying():
             return self._replay(x, carried, *args, **kwargs)
         if current_pass() is None:
-            raise RuntimeError(
-                f"Layer {self.layer_name!r} carries the linearized axes {carried} but was called outside of a "
-                "linearized forward, where its tangent would be lost. Call the whole model that was wrapped, not a "
-                "part of it; to run a part, use `with model.linearized(False):` (weights) or "
-                "`with model.disable_adapter():` (base)."
-            )
+            raise RuntimeError(self._called_outside(carried))
         primal, tangent = split(x)
         y, passed_on = self._apply_base(primal, tangent, *args, **kwargs)
         dy = self._apply_tangent(primal, carried).to(y.dtype)
         return dual(y, dy if passed_on is None else dy + passed_on)
+
+    def _called_outside(self, carried: dict[str, float]) -> str:
+        return (
+            f"Layer {self.layer_name!r} carries the linearized axes {carried} but was called outside of a "
+            "linearized forward, where its tangent would be lost. Call the whole model that was wrapped, not a "
+            "part of it; to run a part, use `with model.linearized(False):` (weights) or "
+            "`with model.disable_adapter():` (base)."
+        )
 
     def _replay(self, x: Tensor, carried: dict[str, float], *args: Any, **kwargs: Any) -> Tensor:
         """W x + b, whose backward leaves the tangents' gradients."""
@@ -121,6 +126,23 @@ class TangentLayer(TangentHolder):
             y, passed_on = self.base_layer(torch.cat([primal, tangent]), *args, **kwargs).chunk(2)
             return y, passed_on
         return self.base_layer(primal, *args, **kwargs), self._linear_part(tangent)
+
+    def carried_weight(self, weight: Tensor) -> Tensor:
+        """What stands for the base weight where something other than this layer reads it.
+
+        That is the dual (W, Σ λᵢ τᵢ) in a linearized pass; in a replay W, whose backward leaves the gradients of the
+        tangents; W + Σ λᵢ τᵢ where the axes add their weights; W itself outside of all these.
+        """
+        carried = self.carried_axes()
+        linear = bool(carried) and self._linearized(carried)
+        replayed = linear and is_replaying()
+        if not carried or (linear and not replayed and current_pass() is None):
+            return weight
+        parts = [self.factors(n, scale, leave if replayed else itself).product() for n, scale in carried.items()]
+        delta = self._layout(sum(parts[1:], start=parts[0])).to(weight.device, weight.dtype)
+        if not linear:
+            return weight + delta
+        return graft(weight, delta) if replayed else dual(weight, delta)
 
     def _linear_part(self, x: Tensor) -> Tensor:
         """W x, without the bias."""
@@ -179,35 +201,19 @@ class TangentLayer(TangentHolder):
 
     @property
     def weight(self) -> Tensor:
-        """The base layer's weight with that of active axes, for code that multiplies by it itself.
-
-        It is dual in a linearized pass and a sum where axes are weights; outside of a pass linearized axes add nothing.
+        """The base layer's weight with the tangent it carries, for modules that read it instead of calling the layer.
 
         The weight of a head is the exception, since the tangent has to end in a call of it: in a pass that one tells
         its dtype, device and shape, and raises `RuntimeError` on use.
         """
-        weight, carried = super().weight, self.carried_axes()
-        if self.tangent_guarded and carried:
+        if self.tangent_guarded and self.carried_axes():
             return GuardedWeight.of(
-                weight,
+                super().weight,
                 f"Something reads the weight of {self.layer_name!r} instead of calling it, so the tangent of axes "
-                f"{carried} on the head would be lost. TRL's own trainers do: train with "
+                f"{self.carried_axes()} on the head would be lost. TRL's own trainers do: train with "
                 "`TangentDPOTrainer`, or give the head no tangent: `TangentConfig(lm_head=False)`.",
             )
-        linearized = bool(carried) and self._linearized(carried)
-        if linearized and is_replaying():
-            return self._layout(self._deposit_weight(self._layout(weight), carried))
-        if not carried or (linearized and current_pass() is None):
-            return weight
-        deltas = [self._layout(self.delta(name, scale)) for name, scale in carried.items()]
-        delta = sum(deltas[1:], deltas[0])
-        return dual(weight, delta) if linearized else weight + delta.to(weight.dtype)
-
-    def _deposit_weight(self, weight: Tensor, carried: dict[str, float]) -> Tensor:
-        for name, scale in carried.items():
-            factors = self.factors(name, 1.0)
-            weight = deposit_weight(weight, scale, (factors.dense, factors.b, factors.a))
-        return weight
+        return self.carried_weight(super().weight)
 
     def __repr__(self) -> str:
         return "tangent." + nn.Module.__repr__(self)

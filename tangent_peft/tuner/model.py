@@ -9,14 +9,15 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
+from peft.utils.integrations import init_empty_weights
+from peft.utils.other import ModulesToSaveWrapper, _get_submodules, get_pattern_key
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -24,6 +25,7 @@ from tangent_peft.forward import LinearizedForward, check_support
 from tangent_peft.tuner import axes, export
 from tangent_peft.tuner.config import TangentConfig
 from tangent_peft.tuner.dispatch import wrap_layer
+from tangent_peft.tuner.experts import wrap_experts, wrapper_of
 from tangent_peft.tuner.fingerprint import check_fingerprint, fingerprint
 from tangent_peft.tuner.layer import TangentLayer
 from tangent_peft.tuner.registration import PREFIX
@@ -32,10 +34,12 @@ from tangent_peft.tuner.targets import (
     ALL_LINEAR,
     check_targets,
     default_targets,
+    embeddings_in_targets,
     find_blocks,
     head_in_targets,
     head_name,
     is_target,
+    parameter_targets,
 )
 
 
@@ -62,6 +66,7 @@ class TangentModel(BaseTuner):
         if peft_config.target_modules is None or peft_config.target_modules == ALL_LINEAR:
             peft_config.target_modules = default_targets(self.model, peft_config)  # type: ignore[assignment]
         head_in_targets(peft_config, self.head_name)
+        embeddings_in_targets(peft_config, self.model)
         check_targets(peft_config, self.model)
         return peft_config
 
@@ -81,15 +86,32 @@ class TangentModel(BaseTuner):
         r = peft_config.r
         if peft_config.rank_pattern:
             r = peft_config.rank_pattern.get(get_pattern_key(list(peft_config.rank_pattern), current_key), r)
-        if isinstance(target, TangentLayer):
-            target.update_layer(adapter_name, r, peft_config)
+        layer, known = target, isinstance(target, TangentLayer)
+        if not known and parameter_name is None:
+            layer = wrap_layer(target, current_key)
+        elif not known:
+            layer = wrap_experts(target, current_key.rpartition(".")[0])
+        for new in [] if known else axes.tangent_layers(layer):
+            new._active_adapter = adapter_name
+        carrier: Any = layer if parameter_name is None else wrapper_of(layer, parameter_name)
+        carrier.update_layer(adapter_name, r, peft_config)
+        if known:
             return
-        layer = wrap_layer(target, current_key)
-        layer._active_adapter = adapter_name
-        layer.update_layer(adapter_name, r, peft_config)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    def _inject_parameters(  # type: ignore[override]
+        self, peft_config: TangentConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        """In place of PEFT's, which knows no `num_layers` and nests wrappers in the order in which axes come."""
+        names = parameter_targets(peft_config, model, self.blocks)
+        for name in names:
+            owner, _, parameter_name = name.rpartition(".")
+            parent, target, target_name = _get_submodules(model, owner)
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                self._create_and_replace(peft_config, adapter_name, target, target_name, parent, name, parameter_name)
+        return names
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Adds an adapter's tangents and (re)installs the linearized forward; the active mix stays as it was.
@@ -111,18 +133,16 @@ class TangentModel(BaseTuner):
             config.base_fingerprint = fingerprint(model)
         axes.restore_scaling(before)
         self._force(forced)
-        self._mark_head(model)
+        self._mark_tied(model)
         linearize_forward(model)
 
-    def _mark_head(self, model: nn.Module) -> None:
-        if not isinstance(model, PreTrainedModel):
-            return
-        head = model.get_output_embeddings()
-        if not isinstance(head, TangentLayer) or head.merged:
-            return
-        embedding = model.get_input_embeddings()
-        weight = head.get_base_layer().weight
-        head.tangent_tied = embedding is not None and any(weight is other for other in embedding.parameters())
+    def _mark_tied(self, model: nn.Module) -> None:
+        layers = _head_and_embedding(model)
+        wrapped = [layer for layer in layers if isinstance(layer, TangentLayer)]
+        for layer in [] if any(layer.merged for layer in wrapped) else wrapped:
+            weight = layer.get_base_layer().weight
+            others = (p for other in layers if other is not layer for p in other.parameters())
+            layer.tangent_tied = any(weight is other for other in others)
 
     def get_output_embeddings(self) -> nn.Module | None:
         """The frozen head itself: PEFT then saves no copy of the base's embedding beside the tangent on the head."""
@@ -186,13 +206,13 @@ class TangentModel(BaseTuner):
         yield
 
     def _check_merge_allowed(self) -> None:
-        head = self.model.get_output_embeddings() if isinstance(self.model, PreTrainedModel) else None
-        if isinstance(head, TangentLayer) and head.tangent_tied and head.carried_axes():
-            warnings.warn(
-                "The head is tied to the input embedding and has a tangent of its own: merging gives it its own "
-                "weight, the embedding stays as it is, and `tie_word_embeddings` becomes False.",
-                stacklevel=3,
-            )
+        for layer in _head_and_embedding(self.model):
+            if isinstance(layer, TangentLayer) and layer.tangent_tied and layer.carried_axes():
+                warnings.warn(
+                    f"Head and input embedding are tied and {layer.layer_name!r} has a tangent of its own: merging "
+                    "gives it its own weight, the other one stays as it is, and `tie_word_embeddings` becomes False.",
+                    stacklevel=3,
+                )
 
     # PEFT's annotation says None; it returns the model.
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:  # type: ignore[override]
@@ -291,6 +311,16 @@ def tangent_tuner(model: nn.Module) -> TangentModel:
             "`get_peft_model(model, TangentConfig(...))` or load axes with `PeftModel.from_pretrained`."
         )
     return tuner
+
+
+def _head_and_embedding(model: nn.Module) -> list[nn.Module]:
+    """The output layer of a language model and its input embedding, as far as it has them."""
+    if not isinstance(model, PreTrainedModel):
+        return []
+    layers = [model.get_output_embeddings()]
+    with suppress(NotImplementedError):
+        layers.append(model.get_input_embeddings())
+    return [layer for layer in layers if isinstance(layer, nn.Module)]
 
 
 def linearize_forward(model: nn.Module) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, check_target_module_exists
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tangent_peft.forward import find_head
 from tangent_peft.tuner.config import TangentConfig
+from tangent_peft.tuner.experts import fused_parameters
 
 
 LINEAR = (nn.Linear, Conv1D)
@@ -118,6 +121,28 @@ def head_in_targets(config: TangentConfig, head: str | None) -> None:
         config.target_modules = set(config.target_modules) - naming  # type: ignore[assignment]
 
 
+def embeddings_in_targets(config: TangentConfig, model: nn.Module) -> None:
+    """Replaces the names of embeddings in `target_modules` by their full names.
+
+    PEFT saves the whole embedding beside an adapter whose `target_modules` name "embed_tokens".
+    """
+    if config.target_modules is None or isinstance(config.target_modules, str):
+        return
+    targets = set(config.target_modules)
+    for name in EMBEDDING_LAYER_NAMES:
+        full = {key for key, module in model.named_modules() if key.endswith("." + name) and is_embedding(module)}
+        if name in targets and full:
+            targets = targets - {name} | full
+    config.target_modules = targets  # type: ignore[assignment]
+
+
+def is_embedding(module: nn.Module) -> bool:
+    """Whether this is an embedding, wrapped or not."""
+    return isinstance(module, nn.Embedding) or (
+        isinstance(module, BaseTunerLayer) and isinstance(module.base_layer, nn.Embedding)
+    )
+
+
 def check_targets(config: TangentConfig, model: nn.Module) -> None:
     """Refuses `target_modules` that match nothing, which PEFT would not notice beside the head of `lm_head`.
 
@@ -144,6 +169,43 @@ def is_target(config: TangentConfig, key: str, blocks: tuple[str, int] | None, h
         return matched
     index = block_index(key, blocks)
     return matched if index is None or blocks is None else index >= blocks[1] - config.num_layers
+
+
+def parameter_targets(config: TangentConfig, model: nn.Module, blocks: tuple[str, int] | None) -> list[str]:
+    """Full names, in the unmodified model, of the fused expert weights that an axis wraps.
+
+    Raises:
+        ValueError: if a name in `target_parameters` matches none; the message lists those the model has.
+    """
+    wanted, names, fused = config.target_parameters or [], [], list(_fused_names(model))
+    for name in wanted:
+        matched = [full for full in fused if full == name or full.endswith("." + name)]
+        chosen = [full for full in matched if _in_blocks(config, full, blocks) and not _excluded(config, full)]
+        if not chosen:
+            kinds = sorted({re.sub(r"\.\d+\.", ".*.", full) for full in fused})
+            found = f"those that match, {matched}, are excluded or in other blocks" if matched else f"it has {kinds}"
+            raise ValueError(
+                f"target_parameters={list(wanted)}: no parameter of {type(model).__name__} with a weight per expert "
+                f"is named {name!r} and selected; {found}. Only three-dimensional floating parameters can be named "
+                "there; modules go into `target_modules`."
+            )
+        names += chosen
+    return [full for full in fused if full in names]
+
+
+def _fused_names(model: nn.Module) -> Iterator[str]:
+    for name, module in model.named_modules():
+        yield from (f"{name}.{key}".replace(".base_layer", "") for key in fused_parameters(module) if name)
+
+
+def _in_blocks(config: TangentConfig, key: str, blocks: tuple[str, int] | None) -> bool:
+    index = block_index(key, blocks)
+    if index is None or blocks is None:
+        return True
+    if config.layers_to_transform is not None:
+        chosen = config.layers_to_transform
+        return index in ([chosen] if isinstance(chosen, int) else chosen)
+    return config.num_layers is None or index >= blocks[1] - config.num_layers
 
 
 def _excluded(config: TangentConfig, key: str) -> bool:

@@ -11,11 +11,14 @@ from torch import Tensor, nn
 
 
 class TangentWeight(nn.Module):
-    """A leaf that holds one matrix as `.weight`, so that sharding engines and TRL's copies treat it as a layer."""
+    """A leaf that holds one matrix as `.weight`, so that sharding engines and TRL's copies treat it as a layer.
 
-    def __init__(self, rows: int, columns: int) -> None:
+    Of fused experts it holds one matrix per expert (E, rows, columns).
+    """
+
+    def __init__(self, *shape: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(rows, columns))
+        self.weight = nn.Parameter(torch.zeros(*shape))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (…, columns) → x·weightᵀ (…, rows), in the dtype of x."""
@@ -23,7 +26,7 @@ class TangentWeight(nn.Module):
 
     def extra_repr(self) -> str:
         """The shape, for the module's printout."""
-        return "{}, {}".format(*self.weight.shape)
+        return ", ".join(str(size) for size in self.weight.shape)
 
 
 def leaf_weight(holder: nn.ModuleDict, adapter_name: str) -> nn.Parameter:
@@ -34,17 +37,24 @@ def leaf_weight(holder: nn.ModuleDict, adapter_name: str) -> nn.Parameter:
 
 @dataclass(frozen=True)
 class TangentFactors:
-    """One layer's tangent at its weight λ, dense or as a product.
+    """One layer's tangent at its weight λ, dense or as a product; with a leading E for fused experts.
 
     Attributes:
         dense: λ·ΔW (out, in), or `None` for low rank.
         b: λ·B (out, r), or `None` for dense.
-        a: A (r, in), or `None` for dense.
+        a: A (r, in), or `None` for dense; without E where all experts share it.
     """
 
     dense: Tensor | None = None
     b: Tensor | None = None
     a: Tensor | None = None
+
+    def product(self) -> Tensor:
+        """λ·ΔW (out, in), formed if it is low rank."""
+        if self.dense is not None:
+            return self.dense
+        assert self.b is not None and self.a is not None
+        return self.b @ self.a
 
     def square_norm(self) -> Tensor:
         """‖λ·ΔW‖², the squared Frobenius norm, a scalar in float64; ‖B·A‖² = tr(BᵀB·AAᵀ) without forming B·A."""

@@ -18,11 +18,8 @@ from torch.autograd import forward_ad
 from tangent_peft.forward.experts import NAME, grouped_product
 
 
-# Llama-4's router is a linear layer that returns its choice as well; Jamba reads the weight of `dt_proj`.
-OPTIONS: dict[str, dict[str, Any]] = {
-    "llama4_text": {"exclude_modules": r".*\.router"},
-    "jamba": {"exclude_modules": r".*\.dt_proj"},
-}
+# Llama-4's router is a linear layer that returns its choice as well. Jamba reads the weight of its `dt_proj`.
+OPTIONS: dict[str, dict[str, Any]] = {"llama4_text": {"exclude_modules": r".*\.router"}}
 
 
 def wrapped(family: str, gradient_mode: str = "recorded", **options: Any) -> PeftModel:
@@ -37,11 +34,7 @@ def oracle_model(family: str, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def tangent_gradients(model: PeftModel) -> dict[str, Tensor]:
-    return {
-        f"{layer.layer_name}.weight": layer.tangent_delta["default"].weight.grad
-        for layer in tangent_layers(model)
-        if "default" in layer.tangent_delta
-    }
+    return {layer.weight_name: layer.tangent_delta["default"].weight.grad for layer in tangent_layers(model)}
 
 
 @pytest.mark.parametrize("mode", ["recorded", "replay"])
