@@ -36,6 +36,7 @@ from tangent_peft.tuner.targets import (
     head_in_targets,
     head_name,
     is_target,
+    save_task_head,
 )
 
 
@@ -101,6 +102,7 @@ class TangentModel(BaseTuner):
             self.peft_config = AxisConfigs(self.peft_config)
         # A copy, which takes what is found out about this base: one config may be given to several models.
         config = self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
+        save_task_head(config)
         check_fingerprint(config.base_fingerprint, model, adapter_name)
         before, forced = axes.snapshot(model), self._forced()
         super().inject_adapter(model, adapter_name, *args, **kwargs)
