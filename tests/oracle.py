@@ -22,11 +22,12 @@ Deltas = Mapping[str, Tensor]  # ΔW by the name of the weight in the unmodified
 
 
 def untied_copy(model: nn.Module) -> nn.Module:
-    """A copy in eager attention whose head has a weight of its own."""
+    """A copy in eager attention whose head has a weight of its own, if it is a language model's."""
     clone = copy.deepcopy(model)
     clone.set_attn_implementation("eager")
     head = clone.get_output_embeddings()
-    head.weight = nn.Parameter(head.weight.detach().clone())
+    if head is not None:
+        head.weight = nn.Parameter(head.weight.detach().clone())
     return clone.eval()
 
 

@@ -21,10 +21,12 @@ Letters: B batch, K key/value heads, S keys, E head size.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
@@ -107,18 +109,30 @@ def _make_room(cache: Cache, layer_idx: int, key_states: Tensor) -> None:
 
 def reveal_cross_attention(opened: LinearizedPass, cache: Any) -> None:
     """Replaces the packed keys and values of an encoder's output by dual ones until the pass closes."""
-    if not isinstance(cache, EncoderDecoderCache):
+    found = _crossed(opened.root, cache)
+    if found is None:
         return
-    crossed = cache.cross_attention_cache
+    crossed, indices = found
     layer: Any  # of the kind that has keys and values: attention's
-    for layer_idx, layer in enumerate(crossed.layers):
-        if int(crossed.get_seq_length(layer_idx)) == 0:
+    for layer_idx in indices:
+        if layer_idx >= len(crossed.layers) or int(crossed.get_seq_length(layer_idx)) == 0:
             continue
+        layer = crossed.layers[layer_idx]
         _check_stamp(crossed, layer_idx)
         _normal_storage(crossed, layer_idx)
         if vars(layer)[_PACKED]:
             opened.contexts.callback(vars(layer).update, keys=layer.keys, values=layer.values)
             layer.keys, layer.values = unpack(layer.keys, False), unpack(layer.values, False)
+
+
+def _crossed(root: nn.Module, cache: Any) -> tuple[Cache, Iterable[int]] | None:
+    """The cache in which cross-attention keeps its keys, and the indices of its layers there."""
+    if isinstance(cache, EncoderDecoderCache):
+        return cache.cross_attention_cache, range(len(cache.cross_attention_cache.layers))
+    if not isinstance(cache, Cache) or not isinstance(root, PreTrainedModel):
+        return None
+    config = vars(root.config.get_text_config())  # Mllama keeps an image's keys between those of the text
+    return cache, config.get("cross_attention_layers") or ()
 
 
 def refuse_lost_tangents(args: Any, kwargs: Any, output: Any) -> None:

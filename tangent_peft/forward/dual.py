@@ -38,6 +38,7 @@ from tangent_peft.forward.level import (
     refuse_compilation,
     split,
 )
+from tangent_peft.forward.losses import join_at_losses
 from tangent_peft.forward.randomness import random_state, refuse_randomness
 from tangent_peft.forward.replay import replay_blocks, replayable_blocks
 from tangent_peft.forward.rules import derive_functions, derive_kernels
@@ -63,7 +64,8 @@ class LinearizedForward:
             root.register_forward_pre_hook(self._open, with_kwargs=True),
             root.register_forward_hook(self._close, with_kwargs=True, always_call=True),
         ]
-        if exit_.module is not root:  # what leaves the root is joined as the pass closes
+        self._ends_at_root = exit_.module is root
+        if not self._ends_at_root:  # what leaves the root is joined as the pass closes
             self.handles.append(self._register_exit(exit_))
 
     def _register_exit(self, exit_: TangentExit) -> Any:
@@ -112,6 +114,8 @@ class LinearizedForward:
             if root.training and torch.is_grad_enabled():
                 opened.random_state = random_state(_device(root))
             reveal_cross_attention(opened, kwargs.get("past_key_values"))
+            if self._ends_at_root:
+                join_at_losses(opened)
         except BaseException:
             close_pass(opened)
             raise
@@ -159,8 +163,7 @@ class LinearizedForward:
         try:
             if output is None:
                 return None
-            if running.random_state is not None:
-                refuse_randomness(running.random_state, _device(root), type(root).__name__)
+            _check_randomness(running)
             refuse_lost_tangents(args, kwargs, output)
             return _leave_root(running, output)
         finally:
@@ -197,13 +200,21 @@ def _detach_frozen(module: nn.Module, args: Any, output: Any) -> Any:
     return dual(primal.detach(), tangent)
 
 
+def _check_randomness(running: LinearizedPass) -> None:
+    """At the exit: what follows works on linearized values, of which dropout is nobody's reference."""
+    if running.random_state is not None:
+        refuse_randomness(running.random_state, _device(running.root), type(running.root).__name__)
+        running.random_state = None
+
+
 def _leave_root(running: LinearizedPass, output: Any) -> Any:
     """Joins whatever is still dual; a loss must not be, it was then computed on something still being linearized."""
     loss = output.get("loss") if isinstance(output, dict) else None
     if carries_tangent(loss):
         raise NotImplementedError(
             f"{type(running.root).__name__} computed its loss on dual logits; that is the linearized loss, not the "
-            "loss of the linearized logits. Call the model without labels and compute the loss from its logits."
+            "loss of the linearized logits. Call the model without labels and compute the loss from its logits; "
+            "transformers' Trainer does with `compute_loss_func=`."
         )
     return map_tensors(output, join)
 
@@ -212,6 +223,7 @@ def _join_outputs(module: nn.Module, args: Any, output: Any) -> Any:
     running = current_pass()
     if running is None:
         return output
+    _check_randomness(running)
     if isinstance(output, dict) and "last_hidden_state" in output:
         running.hidden = split(output["last_hidden_state"])
     refuse_lost_tangents((), {}, output)
@@ -219,4 +231,8 @@ def _join_outputs(module: nn.Module, args: Any, output: Any) -> Any:
 
 
 def _join_inputs(module: nn.Module, args: Any) -> Any:
-    return args if current_pass() is None else map_tensors(args, join)
+    running = current_pass()
+    if running is None:
+        return args
+    _check_randomness(running)
+    return map_tensors(args, join)

@@ -56,10 +56,13 @@ def find_exit(root: nn.Module, carriers: set[nn.Module]) -> TangentExit:
     return TangentExit(head, "input")
 
 
+_WRAPPED = ("base_layer", "original_module")  # where PEFT's wrappers of a layer, or of its copies, keep it
+
+
 def _is_affine(module: nn.Module) -> bool:
-    """A linear layer, possibly inside one of PEFT's wrappers, which keep their copies in child modules."""
-    leaves = [leaf for leaf in module.modules() if not any(True for _ in leaf.children())]
-    return all(isinstance(leaf, (nn.Linear, nn.Dropout, nn.Identity)) for leaf in leaves)
+    """One linear layer, possibly inside PEFT's wrappers; several have an activation between them, seen or not."""
+    inside = next((child for name, child in module.named_children() if name in _WRAPPED), None)
+    return isinstance(module, nn.Linear) if inside is None else _is_affine(inside)
 
 
 def _has_parameters(module: nn.Module) -> bool:

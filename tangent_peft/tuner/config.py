@@ -28,7 +28,9 @@ class TangentConfig(PeftConfig):
         projection_seed: seed of the shared projection; axes with another seed mix at the sum of their ranks.
         num_layers: wrap the last N blocks only; `None`, or more than there are: all. Modules outside of blocks that
             `target_modules` names stay selected.
-        lm_head: give the language-model head a tangent as well, also when it is tied to the embedding.
+        lm_head: give the language-model head a tangent as well, also when it is tied to the embedding; likewise the
+            single output layer of a classifier, unless `modules_to_save` names it, as PEFT does for `task_type`
+            `"SEQ_CLS"` and `"TOKEN_CLS"`.
         target_modules: names or a regular expression as in LoRA; `None` and `"all-linear"`: every linear layer of the
             selected blocks. A regular expression addresses whole names: `num_layers` and `lm_head` do not apply to it.
         exclude_modules: names or a regular expression that are never wrapped.

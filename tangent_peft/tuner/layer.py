@@ -105,7 +105,8 @@ class TangentLayer(TangentHolder):
             f"Layer {self.layer_name!r} carries the linearized axes {carried} but was called outside of a "
             "linearized forward, where its tangent would be lost. Call the whole model that was wrapped, not a "
             "part of it; to run a part, use `with model.linearized(False):` (weights) or "
-            "`with model.disable_adapter():` (base)."
+            "`with model.disable_adapter():` (base). `generate` runs the encoder of images before the model: take its "
+            "layers out (`exclude_modules`) to generate linearized."
         )
 
     def _replay(self, x: Tensor, carried: dict[str, float], *args: Any, **kwargs: Any) -> Tensor:

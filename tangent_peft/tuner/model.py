@@ -40,6 +40,7 @@ from tangent_peft.tuner.targets import (
     head_name,
     is_target,
     parameter_targets,
+    save_task_head,
 )
 
 
@@ -124,6 +125,7 @@ class TangentModel(BaseTuner):
             self.peft_config = AxisConfigs(self.peft_config)
         # A copy, which takes what is found out about this base: one config may be given to several models.
         config = self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
+        save_task_head(config)
         check_fingerprint(config.base_fingerprint, model, adapter_name)
         if config.linearize:
             check_support(model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from peft import TaskType
 from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, check_target_module_exists
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import nn
@@ -20,6 +21,7 @@ LINEAR = (nn.Linear, Conv1D)
 #: Classes of transformers that derive from `nn.Linear` and compute something else: routers, products by groups.
 NOT_AFFINE = frozenset({"Llama4Router", "PhimoeTopKRouter", "DeepseekV4GroupedLinear", "IdeficsDecoupledLinear"})
 ALL_LINEAR = "all-linear"
+_TASK_HEADS = {TaskType.TOKEN_CLS: ("classifier", "score"), TaskType.QUESTION_ANS: ("qa_outputs",)}
 
 
 def find_blocks(model: nn.Module, layers_pattern: list[str] | str | None = None) -> tuple[str, int] | None:
@@ -75,11 +77,9 @@ def block_index(key: str, blocks: tuple[str, int] | None) -> int | None:
 
 
 def head_name(model: nn.Module) -> str | None:
-    """Full name of a language model's output embeddings, or `None`."""
-    if not isinstance(model, PreTrainedModel):
-        return None
+    """Full name of the output layer, of a language model or a classifier; `None` if it is not one linear layer."""
     head = find_head(model)
-    if head is None or head is not model.get_output_embeddings():
+    if head is None or not is_linear(head):  # saved in full beside an axis, for example
         return None
     return next(name for name, module in model.named_modules() if module is head)
 
@@ -141,6 +141,17 @@ def is_embedding(module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding) or (
         isinstance(module, BaseTunerLayer) and isinstance(module.base_layer, nn.Embedding)
     )
+
+
+def save_task_head(config: TangentConfig) -> None:
+    """Names the head that a task trains in full in `modules_to_save`, where PEFT names it too late for a copy.
+
+    For sequence classification PEFT does so before it makes the adapter, for the others afterwards.
+    """
+    names = next((heads for task, heads in _TASK_HEADS.items() if config.task_type == task), ())
+    missing = [name for name in names if name not in (config.modules_to_save or ())]
+    if missing:
+        config.modules_to_save = [*(config.modules_to_save or ()), *missing]
 
 
 def check_targets(config: TangentConfig, model: nn.Module) -> None:
