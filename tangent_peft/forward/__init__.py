@@ -12,3 +12,4 @@ from tangent_peft.forward.level import current_pass as current_pass
 from tangent_peft.forward.level import dual as dual
 from tangent_peft.forward.level import join as join
 from tangent_peft.forward.level import split as split
+from tangent_peft.forward.opaque import OpaqueLinear as OpaqueLinear

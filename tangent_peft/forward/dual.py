@@ -36,6 +36,7 @@ from tangent_peft.forward.level import (
     refuse_compilation,
     split,
 )
+from tangent_peft.forward.opaque import OpaqueLinear
 from tangent_peft.forward.randomness import random_state, refuse_randomness
 from tangent_peft.forward.replay import replay_blocks, replayable_blocks
 
@@ -46,9 +47,12 @@ class LinearizedForward:
     Args:
         root: the module whose call is one forward pass.
         carriers: all modules of `root` at which a tangent may be born.
+        opaque: quantized layers of `root`, whose derivatives are given by rule.
     """
 
-    def __init__(self, root: nn.Module, carriers: Iterable[TangentCarrier]) -> None:
+    def __init__(
+        self, root: nn.Module, carriers: Iterable[TangentCarrier], opaque: Iterable[OpaqueLinear] = ()
+    ) -> None:
         self.root, self.carriers = root, list(carriers)
         self._forced: Gradient | None = None
         head = find_head(root)
@@ -60,6 +64,7 @@ class LinearizedForward:
         ]
         if exit_.module is not root:  # what leaves the root is joined as the pass closes
             self.handles.append(self._register_exit(exit_))
+        self.handles += [handle for rule in opaque for handle in rule.register()]
 
     def _register_exit(self, exit_: TangentExit) -> Any:
         if exit_.side == "input":

@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tangent_peft.forward import LinearizedForward
+from tangent_peft.forward.opaque import check_unreadable
 from tangent_peft.tuner import axes, export
+from tangent_peft.tuner.backends import activation_dtype, opaque_layers, requantizer
 from tangent_peft.tuner.config import TangentConfig
 from tangent_peft.tuner.dispatch import wrap_layer
 from tangent_peft.tuner.fingerprint import check_fingerprint, fingerprint
@@ -36,6 +38,7 @@ from tangent_peft.tuner.targets import (
     head_in_targets,
     head_name,
     is_target,
+    refuse_unknown_above,
 )
 
 
@@ -84,7 +87,7 @@ class TangentModel(BaseTuner):
         if isinstance(target, TangentLayer):
             target.update_layer(adapter_name, r, peft_config)
             return
-        layer = wrap_layer(target, current_key)
+        layer = wrap_layer(target, current_key, requantizer(self.model))
         layer._active_adapter = adapter_name
         layer.update_layer(adapter_name, r, peft_config)
         if adapter_name not in self.active_adapters:
@@ -109,7 +112,8 @@ class TangentModel(BaseTuner):
         axes.restore_scaling(before)
         self._force(forced)
         self._mark_head(model)
-        linearize_forward(model)
+        refuse_unknown_above(model, self.blocks)
+        linearize_forward(model, training=not config.inference_mode)
 
     def _mark_head(self, model: nn.Module) -> None:
         if not isinstance(model, PreTrainedModel):
@@ -290,12 +294,17 @@ def tangent_tuner(model: nn.Module) -> TangentModel:
     return tuner
 
 
-def linearize_forward(model: nn.Module) -> None:
-    """Makes each call of `model` a linearized pass while one of its layers has a tangent; idempotent."""
+def linearize_forward(model: nn.Module, training: bool = False) -> None:
+    """Makes each call of `model` a linearized pass while one of its layers has a tangent; idempotent.
+
+    Raises:
+        ValueError: for a quantized layer whose derivative can not be had; `training` asks for its backward as well.
+    """
     restore_forward(model)
-    layers = list(axes.tangent_layers(model))
+    layers, opaque = list(axes.tangent_layers(model)), opaque_layers(model)
+    check_unreadable(opaque, activation_dtype(model), training)
     if layers:
-        LinearizedForward(model, layers)
+        LinearizedForward(model, layers, opaque)
 
 
 def restore_forward(model: nn.Module) -> None:
