@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import _get_in_out_features
 from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 from peft.utils.quantization_utils import Bnb4bitBackend, Bnb8bitBackend, HqqBackend, QuantizationBackend, TorchaoBackend
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tangent_peft.forward import OpaqueLinear
@@ -79,6 +80,49 @@ def reader(module: nn.Module, backend: QuantizationBackend) -> ReadWeight | None
 
 
 _UNPACKS: dict[type, bool] = {}  # whether a layout of torchao can be unpacked, found out on its first layer
+
+
+def read_weight(module: nn.Module) -> Tensor:
+    """W (out, in) of a linear layer: its parameter, or the dequantized weight.
+
+    Raises:
+        TypeError: if the layer is quantized and can not be dequantized.
+    """
+    layer: Any = module
+    backend = quantization_backend(module)
+    if backend is None:
+        return layer.weight
+    read = reader(module, backend)
+    if read is None:
+        raise TypeError(
+            f"A {type(module).__name__}, quantized by {backend.backend_name}, can not be dequantized, and its weight is "
+            "needed here: the head of the model is scored from it. Load the model with its head unquantized."
+        )
+    return read(module).detach()
+
+
+@torch.no_grad()
+def unpack_state(model: PreTrainedModel, state: dict[str, Any]) -> None:
+    """Replaces what quantized layers put into a state dict by their dequantized weight, in the dtype of the config.
+
+    Raises:
+        ValueError: for a layer that can not be dequantized.
+    """
+    for name, module, backend in quantized_layers(model):
+        read = reader(module, backend)
+        if read is None:
+            raise ValueError(
+                f"Layer {name!r} is quantized by {backend.backend_name} and can not be dequantized, so no merged model "
+                "can be written. Load the base in bfloat16, load the axis there and export it; or export the axis as a "
+                "LoRA (`export_lora`), which needs no weights of the base."
+            )
+        for key in [key for key in state if key.startswith(f"{name}.")]:
+            del state[key]
+        layer: Any = module
+        for key, value in {"weight": read(module), "bias": layer.bias}.items():
+            if value is not None:
+                dtype = model.config.dtype or value.dtype
+                state[f"{name}.{key}"] = nn.Parameter(value.detach().to(dtype), requires_grad=False)
 
 
 def scheme(module: nn.Module, backend: QuantizationBackend) -> str:

@@ -28,6 +28,7 @@ from tangent_peft.tuner.config import TangentConfig
 from tangent_peft.tuner.dispatch import wrap_layer
 from tangent_peft.tuner.fingerprint import check_fingerprint, fingerprint
 from tangent_peft.tuner.layer import TangentLayer
+from tangent_peft.tuner.quantized import check_mergeable
 from tangent_peft.tuner.registration import PREFIX
 from tangent_peft.tuner.state import AxisConfigs, check_state_dict
 from tangent_peft.tuner.targets import (
@@ -119,8 +120,8 @@ class TangentModel(BaseTuner):
         if not isinstance(model, PreTrainedModel):
             return
         head = model.get_output_embeddings()
-        if not isinstance(head, TangentLayer) or head.merged:
-            return
+        if not isinstance(head, TangentLayer) or head.merged or head.quantization_backend is not None:
+            return  # a quantized weight is nobody else's
         embedding = model.get_input_embeddings()
         weight = head.get_base_layer().weight
         head.tangent_tied = embedding is not None and any(weight is other for other in embedding.parameters())
@@ -187,6 +188,7 @@ class TangentModel(BaseTuner):
         yield
 
     def _check_merge_allowed(self) -> None:
+        check_mergeable(axes.tangent_layers(self.model))
         head = self.model.get_output_embeddings() if isinstance(self.model, PreTrainedModel) else None
         if isinstance(head, TangentLayer) and head.tangent_tied and head.carried_axes():
             warnings.warn(

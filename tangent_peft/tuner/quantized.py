@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -58,7 +60,8 @@ class TangentQuantized(TangentLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.tangent_r]
         if not names:
             return
-        check_mergeable(self)
+        if self.quantization_backend is None or not self.quantization_backend.supports_merge:
+            raise ValueError(_NOT_AGAIN.format(self.layer_name, vars(self.quantization_backend).get("backend_name")))
         base = self.get_base_layer()
         kept = _snapshot(base) if self._kept is None else self._kept
         if self._kept is not None:
@@ -86,15 +89,34 @@ class TangentQuantized(TangentLayer):
         self.tangent_merged.clear()
 
 
-def check_mergeable(layer: TangentLayer) -> None:
-    """Raises a `ValueError` if the weight of a layer can not be quantized again."""
-    backend = layer.quantization_backend
-    if backend is not None and not backend.supports_merge:
-        raise ValueError(
-            f"Layer {layer.layer_name!r} is quantized by {backend.backend_name}, which can not quantize a merged weight "
-            "again. Load the base in bfloat16, load the axis there and merge or export it (`export_merged`); or run "
-            "the axis unmerged; or export it as a LoRA, which needs no merging (`export_lora`)."
+def check_mergeable(layers: Iterable[TangentLayer]) -> None:
+    """Says what merging into quantized weights means, before it begins.
+
+    Raises:
+        ValueError: if the weight of a layer can not be quantized again.
+    """
+    kinds = set()
+    for layer in layers:
+        backend = layer.quantization_backend
+        if backend is None or not layer.carried_axes():
+            continue
+        if not backend.supports_merge:
+            raise ValueError(_NOT_AGAIN.format(layer.layer_name, backend.backend_name))
+        kinds.add(backend.backend_name)
+    if kinds:
+        warnings.warn(
+            f"The axes are merged into weights quantized by {' and '.join(sorted(kinds))}, which are quantized again: "
+            "that rounds τ as coarsely as the base. For merged weights without this loss use "
+            "`model.export_merged(path)`, which writes the dequantized base with the tangent added.",
+            stacklevel=4,
         )
+
+
+_NOT_AGAIN = (
+    "Layer {!r} is quantized by {}, and its weight can not be quantized again after merging. Load the base in bfloat16, "
+    "load the axis there and merge or export it (`export_merged`); or run the axis unmerged; or export it as a LoRA, "
+    "which needs no merging (`export_lora`)."
+)
 
 
 def _snapshot(base: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
