@@ -149,10 +149,18 @@ def prepare_quantized(module: nn.Module, name: str, backend: QuantizationBackend
         layer.support_avx512bf16_for_cpu = False
         if layer.weight.quant_state is None and layer.weight.device.type != "meta":
             raise TypeError(_UNQUANTIZED.format(name, type(module).__name__))
-        if vars(layer.weight.quant_state or object).get("packing_format_for_cpu", False):
-            layer.state_dict()  # unpacks, in place
+        if layer.weight.quant_state is not None:
+            _unpack_for_cpu(layer)
     elif isinstance(backend, Bnb8bitBackend) and layer.weight.has_fp16_weights:
         raise TypeError(_UNQUANTIZED.format(name, type(module).__name__))
+
+
+def _unpack_for_cpu(layer: Any) -> None:
+    state = layer.weight.quant_state
+    if vars(state).get("packing_format_for_cpu", False):
+        layer.state_dict()  # unpacks, in place
+    if state.absmax.ndim == 2:  # bitsandbytes 0.50 forgets to transpose the scales back, unless they are quantized too
+        state.absmax = state.absmax.mT.reshape(-1).float()
 
 
 _UNQUANTIZED = (
@@ -163,23 +171,23 @@ _UNQUANTIZED = (
 
 
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, QuantizationBackend]]:
-    """Name, module and backend of every quantized linear layer, wrapped ones under their names before the wrapping."""
-    requantize = requantizer(model)
-    for name, module in model.named_modules():
-        backend = quantization_backend(module, requantize)
-        if backend is not None:
-            yield name.replace(".base_layer", ""), module, backend
-
-
-def opaque_layers(model: nn.Module) -> list[OpaqueLinear]:
-    """The derivatives of every quantized linear layer, wrapped or not; readies the layers.
+    """Name, module and backend of every quantized linear layer, ready for use; wrapped ones under their own names.
 
     Raises:
         TypeError: for a layer of bitsandbytes that is not quantized.
     """
+    requantize = requantizer(model)
+    for name, module in model.named_modules():
+        backend = quantization_backend(module, requantize)
+        if backend is not None:
+            prepare_quantized(module, name, backend)
+            yield name.replace(".base_layer", ""), module, backend
+
+
+def opaque_layers(model: nn.Module) -> list[OpaqueLinear]:
+    """The derivatives of every quantized linear layer, wrapped or not."""
     rules = []
     for name, module, backend in quantized_layers(model):
-        prepare_quantized(module, name, backend)
         in_features = _get_in_out_features(module)[0]
         rules.append(OpaqueLinear(module, name, reader(module, backend), in_features or 0))
     return rules

@@ -28,7 +28,7 @@ from tangent_peft.tuner.config import TangentConfig
 from tangent_peft.tuner.dispatch import wrap_layer
 from tangent_peft.tuner.fingerprint import check_fingerprint, fingerprint
 from tangent_peft.tuner.layer import TangentLayer
-from tangent_peft.tuner.quantized import check_mergeable
+from tangent_peft.tuner.quantized import TangentQuantized, check_mergeable
 from tangent_peft.tuner.registration import PREFIX
 from tangent_peft.tuner.state import AxisConfigs, check_state_dict
 from tangent_peft.tuner.targets import (
@@ -196,6 +196,12 @@ class TangentModel(BaseTuner):
                 "weight, the embedding stays as it is, and `tie_word_embeddings` becomes False.",
                 stacklevel=3,
             )
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, TangentQuantized):  # unloading: some quantized layers have no `weight` to hand over
+            parent.add_module(child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     # PEFT's annotation says None; it returns the model.
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:  # type: ignore[override]
