@@ -15,3 +15,4 @@ from tangent_peft.forward.level import dual as dual
 from tangent_peft.forward.level import join as join
 from tangent_peft.forward.level import split as split
 from tangent_peft.forward.support import check_support as check_support
+from tangent_peft.forward.opaque import OpaqueLinear as OpaqueLinear

@@ -85,6 +85,7 @@ def deposit(
         a: A (r, in), or `None`.
     """
     replay: Collected = _state.replay
+    y = y if y.requires_grad else y.detach()  # changed in place, which autograd would lose on a view (of a kernel's)
     return _Deposit.apply(y, replay.anchor, x.detach(), scale, (dense, b, a), replay)
 
 

@@ -39,6 +39,7 @@ from tangent_peft.forward.level import (
     split,
 )
 from tangent_peft.forward.losses import join_at_losses
+from tangent_peft.forward.opaque import OpaqueLinear
 from tangent_peft.forward.randomness import random_state, refuse_randomness
 from tangent_peft.forward.replay import replay_blocks, replayable_blocks
 from tangent_peft.forward.rules import derive_functions, derive_kernels
@@ -51,9 +52,12 @@ class LinearizedForward:
     Args:
         root: the module whose call is one forward pass.
         carriers: all modules of `root` at which a tangent may be born.
+        opaque: quantized layers of `root`, whose derivatives are given by rule.
     """
 
-    def __init__(self, root: nn.Module, carriers: Iterable[TangentCarrier]) -> None:
+    def __init__(
+        self, root: nn.Module, carriers: Iterable[TangentCarrier], opaque: Iterable[OpaqueLinear] = ()
+    ) -> None:
         self.root, self.carriers = root, list(carriers)
         self._forced: Gradient | None = None
         head = find_head(root)
@@ -67,6 +71,7 @@ class LinearizedForward:
         self._ends_at_root = exit_.module is root
         if not self._ends_at_root:  # what leaves the root is joined as the pass closes
             self.handles.append(self._register_exit(exit_))
+        self.handles += [handle for rule in opaque for handle in rule.register()]
 
     def _register_exit(self, exit_: TangentExit) -> Any:
         if exit_.side == "input":

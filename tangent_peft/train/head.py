@@ -19,6 +19,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 from tangent_peft.forward import current_pass, split
 from tangent_peft.forward.head import Head, TokenScores, score_tokens
 from tangent_peft.tuner import TangentLayer
+from tangent_peft.tuner.backends import read_weight
 
 
 @dataclass
@@ -87,13 +88,13 @@ def _head_of(model: PreTrainedModel, head: Any) -> Head:
     """The head's weight, its active tangents Σ λᵢ τᵢ, and what the model does to its logits."""
     scale, softcap = _logit_options(model.config.get_text_config().to_dict())
     if not isinstance(head, TangentLayer):
-        return Head(head.weight, head.bias, scale=scale, softcap=softcap)
+        return Head(read_weight(head), head.bias, scale=scale, softcap=softcap)
     linear: Any = head.get_base_layer()
     factors = [head.factors(name, weight) for name, weight in head.carried_axes().items()]
     dense = [f.dense for f in factors if f.dense is not None]
     bs, projections = [f.b for f in factors if f.b is not None], [f.a for f in factors if f.a is not None]
     return Head(
-        linear.weight,
+        read_weight(linear),
         linear.bias,
         dense=sum(dense[1:], start=dense[0]) if dense else None,
         b=(bs[0] if len(bs) == 1 else torch.cat(bs, dim=1)) if bs else None,

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from tangent_peft.tuner.embedding import TangentEmbedding
+from tangent_peft.tuner.backends import quantization_backend, refuse_unknown
 from tangent_peft.tuner.layer import TangentLayer
 from tangent_peft.tuner.linear import TangentConv1D, TangentLinear
+from tangent_peft.tuner.quantized import TangentQuantized
 
 
-def wrap_layer(base_layer: nn.Module, layer_name: str) -> TangentLayer:
-    """The tangent layer for a base layer.
+def wrap_layer(
+    base_layer: nn.Module, layer_name: str, requantize: Callable[[], Any] | None = None
+) -> TangentLayer:
+    """The tangent layer for a base layer; `requantize` is how a torchao layer is packed again after merging.
 
     Raises:
         TypeError: if layers of this type can not carry a tangent.
     """
+    backend = quantization_backend(base_layer, requantize)
+    if backend is not None:
+        return TangentQuantized(base_layer, layer_name, backend)
+    refuse_unknown(base_layer, layer_name)
     if isinstance(base_layer, nn.Linear):
         return TangentLinear(base_layer, layer_name)
     if isinstance(base_layer, Conv1D):

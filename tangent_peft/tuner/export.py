@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tangent_peft.tuner.axes import active_weights, check_weights, mix_factors, refuse_saved_modules, tangent_layers
 from tangent_peft.tuner.experts import TangentExperts
 from tangent_peft.tuner.lora_format import lora_state
+from tangent_peft.tuner.backends import unpack_state
 from tangent_peft.tuner.registration import PREFIX
 from tangent_peft.tuner.weights import TangentFactors
 
@@ -56,8 +57,12 @@ def export_merged(
         weights: λ by axis; `None` exports the active mix.
         tokenizer: saved beside the model.
 
+    A quantized base is written dequantized, in the dtype of its config: what is exported is the very base that the axes
+    were run on, plus their τ, without quantizing again.
+
     Raises:
-        ValueError: if the base is not a transformers model, or an axis keeps extra modules (`modules_to_save`).
+        ValueError: if the base is not a transformers model, an axis keeps extra modules (`modules_to_save`), or a
+            quantized layer can not be dequantized.
     """
     base = tuner.model
     if not isinstance(base, PreTrainedModel):
@@ -68,8 +73,9 @@ def export_merged(
     chosen = _chosen(tuner, weights)
     refuse_saved_modules(tuner, chosen)
     path.mkdir(parents=True, exist_ok=True)  # transformers only logs that the path is a file
-    state = _merged_state(tuner, chosen)
+    state = _merged_state(tuner, base, chosen)
     config = copy.deepcopy(base.config)
+    vars(config).pop("quantization_config", None)  # what is written is dequantized
     head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
     names = {id(module): name for name, module in base.named_modules()}
     if head is not None and embedding is not None and config.get_text_config().tie_word_embeddings:
@@ -98,13 +104,14 @@ def _chosen(tuner: TangentModel, weights: Mapping[str, float] | None) -> dict[st
 
 
 @torch.no_grad()
-def _merged_state(tuner: TangentModel, weights: Mapping[str, float]) -> dict[str, Tensor]:
+def _merged_state(tuner: TangentModel, base: PreTrainedModel, weights: Mapping[str, float]) -> dict[str, Tensor]:
     """The base model's state dict at θ(λ), under its original names; untouched tensors are shared, not copied."""
     state = {
         name.replace(".base_layer", "").replace(".original_module", ""): value
         for name, value in tuner.model.state_dict(keep_vars=True).items()
         if f".{PREFIX}" not in name and ".modules_to_save." not in name
     }
+    unpack_state(base, state)
     for layer in tangent_layers(tuner.model):
         present = {name: scale for name, scale in weights.items() if name in layer.tangent_r and scale != 0.0}
         weight = layer.get_base_weight()
@@ -112,7 +119,8 @@ def _merged_state(tuner: TangentModel, weights: Mapping[str, float]) -> dict[str
             delta = layer.delta(name, scale)
             weight = weight + layer._layout(delta).to(weight.device, weight.dtype)
         if present:
-            state[layer.weight_name] = nn.Parameter(weight, requires_grad=False)
+            key = layer.weight_name
+            state[key] = nn.Parameter(weight.to(state[key].dtype), requires_grad=False)
     return state
 
 

@@ -22,12 +22,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tangent_peft.forward import LinearizedForward, check_support
+from tangent_peft.forward.opaque import check_unreadable
 from tangent_peft.tuner import axes, export
+from tangent_peft.tuner.backends import activation_dtype, opaque_layers, requantizer
 from tangent_peft.tuner.config import TangentConfig
 from tangent_peft.tuner.dispatch import wrap_layer
 from tangent_peft.tuner.experts import wrap_experts, wrapper_of
 from tangent_peft.tuner.fingerprint import check_fingerprint, fingerprint
 from tangent_peft.tuner.layer import TangentLayer
+from tangent_peft.tuner.quantized import TangentQuantized, check_mergeable
 from tangent_peft.tuner.registration import PREFIX
 from tangent_peft.tuner.state import AxisConfigs, check_state_dict
 from tangent_peft.tuner.targets import (
@@ -41,6 +44,7 @@ from tangent_peft.tuner.targets import (
     is_target,
     parameter_targets,
     save_task_head,
+    refuse_unknown_above,
 )
 
 
@@ -89,7 +93,7 @@ class TangentModel(BaseTuner):
             r = peft_config.rank_pattern.get(get_pattern_key(list(peft_config.rank_pattern), current_key), r)
         layer, known = target, isinstance(target, TangentLayer)
         if not known and parameter_name is None:
-            layer = wrap_layer(target, current_key)
+            layer = wrap_layer(target, current_key, requantizer(self.model))
         elif not known:
             layer = wrap_experts(target, current_key.rpartition(".")[0])
         for new in [] if known else axes.tangent_layers(layer):
@@ -136,11 +140,12 @@ class TangentModel(BaseTuner):
         axes.restore_scaling(before)
         self._force(forced)
         self._mark_tied(model)
-        linearize_forward(model)
+        refuse_unknown_above(model, self.blocks)
+        linearize_forward(model, training=not config.inference_mode)
 
     def _mark_tied(self, model: nn.Module) -> None:
         layers = _head_and_embedding(model)
-        wrapped = [layer for layer in layers if isinstance(layer, TangentLayer)]
+        wrapped = [layer for layer in layers if isinstance(layer, TangentLayer) and layer.quantization_backend is None]
         for layer in [] if any(layer.merged for layer in wrapped) else wrapped:
             weight = layer.get_base_layer().weight
             others = (p for other in layers if other is not layer for p in other.parameters())
@@ -208,6 +213,7 @@ class TangentModel(BaseTuner):
         yield
 
     def _check_merge_allowed(self) -> None:
+        check_mergeable(axes.tangent_layers(self.model))
         for layer in _head_and_embedding(self.model):
             if isinstance(layer, TangentLayer) and layer.tangent_tied and layer.carried_axes():
                 warnings.warn(
@@ -215,6 +221,12 @@ class TangentModel(BaseTuner):
                     "gives it its own weight, the other one stays as it is, and `tie_word_embeddings` becomes False.",
                     stacklevel=3,
                 )
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, TangentQuantized):  # unloading: some quantized layers have no `weight` to hand over
+            parent.add_module(child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     # PEFT's annotation says None; it returns the model.
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:  # type: ignore[override]
@@ -325,12 +337,17 @@ def _head_and_embedding(model: nn.Module) -> list[nn.Module]:
     return [layer for layer in layers if isinstance(layer, nn.Module)]
 
 
-def linearize_forward(model: nn.Module) -> None:
-    """Makes each call of `model` a linearized pass while one of its layers has a tangent; idempotent."""
+def linearize_forward(model: nn.Module, training: bool = False) -> None:
+    """Makes each call of `model` a linearized pass while one of its layers has a tangent; idempotent.
+
+    Raises:
+        ValueError: for a quantized layer whose derivative can not be had; `training` asks for its backward as well.
+    """
     restore_forward(model)
-    layers = list(axes.tangent_layers(model))
+    layers, opaque = list(axes.tangent_layers(model)), opaque_layers(model)
+    check_unreadable(opaque, activation_dtype(model), training)
     if layers:
-        LinearizedForward(model, layers)
+        LinearizedForward(model, layers, opaque)
 
 
 def restore_forward(model: nn.Module) -> None:

@@ -13,8 +13,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tangent_peft.forward import find_head
+from tangent_peft.tuner.backends import quantization_backend, refuse_unknown
 from tangent_peft.tuner.config import TangentConfig
 from tangent_peft.tuner.experts import fused_parameters
+from tangent_peft.tuner.layer import TangentLayer
 
 
 LINEAR = (nn.Linear, Conv1D)
@@ -63,9 +65,11 @@ def _longest_list(model: nn.Module, prefix: str, layers_pattern: list[str] | str
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a tangent can be carried there: a linear layer, wrapped or not."""
-    layer = module.base_layer if isinstance(module, BaseTunerLayer) else module
-    return isinstance(layer, LINEAR) and type(layer).__name__ not in NOT_AFFINE
+    """Whether a tangent can be carried there: a linear layer, wrapped or not, quantized or not."""
+    if isinstance(module, BaseTunerLayer):
+        return is_linear(module.base_layer)
+    plain = isinstance(module, LINEAR) and type(module).__name__ not in NOT_AFFINE
+    return plain or quantization_backend(module) is not None
 
 
 def block_index(key: str, blocks: tuple[str, int] | None) -> int | None:
@@ -74,6 +78,20 @@ def block_index(key: str, blocks: tuple[str, int] | None) -> int | None:
         return None
     match = re.match(rf"{re.escape(blocks[0])}\.(\d+)\.", key)
     return int(match.group(1)) if match else None
+
+
+def refuse_unknown_above(model: nn.Module, blocks: tuple[str, int] | None) -> None:
+    """Refuses modules of the wrapped blocks, and of those above, that are quantized in a way nobody here knows.
+
+    Raises:
+        TypeError: naming the module.
+    """
+    wrapped = [block_index(m.layer_name, blocks) for m in model.modules() if isinstance(m, TangentLayer)]
+    first = min((index for index in wrapped if index is not None), default=None)
+    for name, module in model.named_modules():
+        index = block_index(name, blocks)
+        if index is not None and first is not None and index >= first:
+            refuse_unknown(module, name)
 
 
 def head_name(model: nn.Module) -> str | None:
