@@ -14,5 +14,7 @@ from tangent_peft.forward.level import current_pass as current_pass
 from tangent_peft.forward.level import dual as dual
 from tangent_peft.forward.level import join as join
 from tangent_peft.forward.level import split as split
-from tangent_peft.forward.support import check_support as check_support
 from tangent_peft.forward.opaque import OpaqueLinear as OpaqueLinear
+from tangent_peft.forward.sharding import call_within as call_within
+from tangent_peft.forward.sharding import is_sharded as is_sharded
+from tangent_peft.forward.support import check_support as check_support

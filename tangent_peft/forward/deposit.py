@@ -40,10 +40,12 @@ class Collected:
 
     Attributes:
         anchor: a scalar that requires a gradient, so that layers whose input requires none have a backward.
+        direct: they do go through autograd, for an engine that reduces the gradients of a block as its replay ends.
         gradients: by parameter.
     """
 
     anchor: Tensor
+    direct: bool = False
     gradients: dict[Tensor, Tensor] = field(default_factory=dict)
 
     def add(self, parameter: Tensor, gradient: Tensor) -> None:
@@ -54,9 +56,9 @@ class Collected:
 
 
 @contextmanager
-def replaying() -> Iterator[Collected]:
+def replaying(direct: bool = False) -> Iterator[Collected]:
     """Makes the wrapped layers that this thread calls leave their tangents' gradients in what it yields."""
-    outer, collected = vars(_state).get("replay"), Collected(torch.zeros((), requires_grad=True))
+    outer, collected = vars(_state).get("replay"), Collected(torch.zeros((), requires_grad=True), direct)
     _state.replay = collected
     try:
         yield collected
@@ -85,20 +87,23 @@ def deposit(
         a: A (r, in), or `None`.
     """
     replay: Collected = _state.replay
+    factors = (dense, b, a)
     y = y if y.requires_grad else y.detach()  # changed in place, which autograd would lose on a view (of a kernel's)
-    return _Deposit.apply(y, replay.anchor, x.detach(), scale, (dense, b, a), replay)
+    return _Deposit.apply(y, replay.anchor, x.detach(), scale, factors, replay, *(factors if replay.direct else ()))
 
 
 class _Deposit(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, anchor: Tensor, x: Tensor, scale: float, factors: Any, replay: Collected
+        ctx: Any, y: Tensor, anchor: Tensor, x: Tensor, scale: float, factors: Any, replay: Collected, *direct: Any
     ) -> Tensor:
         _, b, a = (None if f is None else f.detach() for f in factors)
         narrow = None if a is None else F.linear(x, a.to(x.dtype))
         keeps_x = any(f is not None and f.requires_grad for f in (factors[0], factors[2]))
         ctx.save_for_backward(x if keeps_x else None, narrow, b)
         ctx.scale, ctx.factors, ctx.replay = scale, factors, replay
+        if direct:  # an engine's hook gave a view, which a Function may not change
+            return y.view_as(y)
         ctx.mark_dirty(y)  # nobody else has it, and unlike a view it may be changed in place afterwards
         return y
 
@@ -108,12 +113,18 @@ class _Deposit(torch.autograd.Function):
         saved: Any = (None if t is None else _rows(t).to(grad.dtype) for t in ctx.saved_tensors)
         (x, narrow, b), (to_dense, to_b, to_a) = saved, ctx.factors
         g = _rows(grad) if ctx.scale == 1.0 else _rows(grad) * ctx.scale
+        found: list[Tensor | None] = [None, None, None]
         if to_dense is not None and to_dense.requires_grad:
-            ctx.replay.add(to_dense, g.mT @ x)
+            found[0] = g.mT @ x
         if to_b is not None and to_b.requires_grad:
-            ctx.replay.add(to_b, g.mT @ narrow)
+            found[1] = g.mT @ narrow
         if to_a is not None and to_a.requires_grad:
-            ctx.replay.add(to_a, (g @ b).mT @ x)
+            found[2] = (g @ b).mT @ x
+        if ctx.replay.direct:
+            return grad, None, None, None, None, None, *found
+        for parameter, gradient in zip(ctx.factors, found, strict=True):
+            if gradient is not None:
+                ctx.replay.add(parameter, gradient)
         return grad, None, None, None, None, None
 
 
@@ -122,6 +133,8 @@ def leave(parameter: Tensor) -> Tensor:
     if not parameter.requires_grad:
         return parameter
     replay: Collected = _state.replay
+    if replay.direct:
+        return parameter
     return _Leave.apply(replay.anchor, parameter, replay)
 
 

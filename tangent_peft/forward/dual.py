@@ -42,7 +42,7 @@ from tangent_peft.forward.losses import join_at_losses
 from tangent_peft.forward.opaque import OpaqueLinear
 from tangent_peft.forward.randomness import random_state, refuse_randomness
 from tangent_peft.forward.replay import replay_blocks, replayable_blocks
-from tangent_peft.forward.rules import derive_functions, derive_kernels
+from tangent_peft.forward.rules import carry_through_engines, derive_functions, derive_kernels
 from tangent_peft.forward.support import refuse_hub_kernels
 
 
@@ -116,6 +116,7 @@ class LinearizedForward:
             derive_experts(opened)
             replay_blocks(opened, self._gradient(), self._forced is None, kwargs)
             freeze_input(opened)
+            carry_through_engines(opened)
             if root.training and torch.is_grad_enabled():
                 opened.random_state = random_state(_device(root))
             reveal_cross_attention(opened, kwargs.get("past_key_values"))

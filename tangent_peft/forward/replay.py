@@ -35,6 +35,7 @@ from tangent_peft.forward.carrier import Gradient, TangentCarrier
 from tangent_peft.forward.deposit import replaying
 from tangent_peft.forward.level import LinearizedPass, carries_tangent, dual, map_tensors, split
 from tangent_peft.forward.randomness import random_state, refuse_randomness
+from tangent_peft.forward.sharding import is_sharded
 
 
 # ---- a block ---------------------------------------------------------------------------------------------------------
@@ -128,14 +129,17 @@ class _Replay:
     Attributes:
         call: the block's call.
         outputs: which of its output tensors carried a tangent.
-        trained: the parameters inside that train, all of them tangents.
+        trained: the parameters inside that train, all of them tangents; an anchor in their place where they are
+            sharded, since engines take a parameter's gradient while it is whole, during the replay.
         mixes: the tangents of each carrier inside when it ran.
+        direct: the parameters get their gradients from the replay's own graph.
     """
 
     call: _Call
     outputs: list[int]
     trained: list[nn.Parameter]
     mixes: list[tuple[TangentCarrier, Hashable | None]]
+    direct: bool = False
 
 
 def replay_block(block: nn.Module, strict: bool, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
@@ -178,7 +182,10 @@ def replay_block(block: nn.Module, strict: bool, function: Callable[..., Any], *
     outputs = [index for index, y in enumerate(found) if carries_tangent(y)]
     if not outputs:
         raise ValueError(_OPAQUE.format(type(block).__name__, type(output).__name__))
-    replay = _Replay(call, outputs, trained, [(carrier, carrier.tangent_mix()) for carrier in carriers])
+    direct = any(is_sharded(p) for p in trained)
+    if direct:
+        trained = [nn.Parameter(torch.zeros(()))]
+    replay = _Replay(call, outputs, trained, [(carrier, carrier.tangent_mix()) for carrier in carriers], direct)
     given = [split(found[index])[1] for index in outputs]
     joined = _Replayed.apply(replay, len(outputs), *given, *primals, *tangents, *trained)
     connected = dict(zip((id(found[i]) for i in outputs), joined, strict=True))
@@ -234,7 +241,7 @@ class _Replayed(torch.autograd.Function):
             if carrier.tangent_mix() != mix:
                 raise RuntimeError(_CHANGED.format(mix, carrier.tangent_mix()))
         # What others do to saved tensors, such as moving them to the host, is not for tensors needed in a moment.
-        with torch.enable_grad(), saved_tensors_hooks(_itself, _itself), replaying() as collected:
+        with torch.enable_grad(), saved_tensors_hooks(_itself, _itself), replaying(replay.direct) as collected:
             primals = [
                 x.detach().requires_grad_(need)
                 for x, need in zip(ctx.saved_tensors, ctx.needs_input_grad[2 + ctx.count + ctx.inputs :], strict=False)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
-from tangent_peft.forward import current_pass, split
+from tangent_peft.forward import call_within, current_pass, split
 from tangent_peft.forward.head import Head, TokenScores, score_tokens
 from tangent_peft.tuner import TangentLayer
 from tangent_peft.tuner.backends import read_weight
@@ -63,12 +63,23 @@ def _score_completions(model: PreTrainedModel, head: nn.Module, args: Any, kwarg
     labels = labels[:, 1:].to(hidden.device)
     mask = labels != -100
     tangent = None if tangent is None else tangent[:, :-1][mask]
-    scores = score_tokens(hidden[:, :-1][mask], tangent, labels[mask], _head_of(model, head), linearized, probe)
+    scores = _score(model, head, hidden[:, :-1][mask], tangent, labels[mask], linearized, probe)
     fields = _per_position(scores, mask)
     if running is None:  # the primal is not the base here
         fields["ref_log_probs"] = fields["kl"] = None
     loss = -fields["log_probs"].sum() / (mask.sum().clamp(min=1) if items is None else items)
     return LinearizedOutput(loss=loss, label_mask=mask, **fields)
+
+
+def _score(model: PreTrainedModel, head: Any, hidden: Tensor, tangent: Tensor | None, *rest: Any) -> TokenScores:
+    """`score_tokens` where the head's weights can be read, which sharding engines allow inside their modules only."""
+    labels, linearized, probe = rest
+
+    def score(hidden: Tensor, tangent: Tensor | None) -> tuple[Tensor, ...]:
+        return tuple(vars(score_tokens(hidden, tangent, labels, _head_of(model, head), linearized, probe)).values())
+
+    leaves = [head.get_base_layer(), *head.active_leaves()] if isinstance(head, TangentLayer) else [head]
+    return TokenScores(*call_within(leaves, score, hidden, tangent))
 
 
 def _hidden_states(last: Tensor) -> tuple[Tensor, Tensor | None]:

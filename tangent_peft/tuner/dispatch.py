@@ -8,16 +8,14 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from tangent_peft.tuner.embedding import TangentEmbedding
 from tangent_peft.tuner.backends import quantization_backend, refuse_unknown
+from tangent_peft.tuner.embedding import TangentEmbedding
 from tangent_peft.tuner.layer import TangentLayer
 from tangent_peft.tuner.linear import TangentConv1D, TangentLinear
 from tangent_peft.tuner.quantized import TangentQuantized
 
 
-def wrap_layer(
-    base_layer: nn.Module, layer_name: str, requantize: Callable[[], Any] | None = None
-) -> TangentLayer:
+def wrap_layer(base_layer: nn.Module, layer_name: str, requantize: Callable[[], Any] | None = None) -> TangentLayer:
     """The tangent layer for a base layer; `requantize` is how a torchao layer is packed again after merging.
 
     Raises:

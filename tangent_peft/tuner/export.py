@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tangent_peft.tuner.axes import active_weights, check_weights, mix_factors, refuse_saved_modules, tangent_layers
+from tangent_peft.tuner.backends import unpack_state
 from tangent_peft.tuner.experts import TangentExperts
 from tangent_peft.tuner.lora_format import lora_state
-from tangent_peft.tuner.backends import unpack_state
 from tangent_peft.tuner.registration import PREFIX
 from tangent_peft.tuner.weights import TangentFactors
 

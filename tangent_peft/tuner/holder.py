@@ -159,6 +159,15 @@ class TangentHolder(TangentCarrier, BaseTunerLayer):
         weights = (leaf_weight(holder, name) for holder in holders for name in holder)
         return [weight for weight in weights if weight.requires_grad]
 
+    def leaves(self, adapter_name: str) -> list[nn.Module]:
+        """The modules that hold the matrices of an adapter."""
+        holders = (self.tangent_delta, self.tangent_A, self.tangent_B)
+        return [holder[adapter_name] for holder in holders if adapter_name in holder]
+
+    def active_leaves(self) -> list[nn.Module]:
+        """The modules that hold the matrices of the active axes."""
+        return [leaf for name in self.carried_axes() for leaf in self.leaves(name)]
+
     def gradient_modes(self) -> set[Gradient]:
         """How the gradients of the active axes are to be computed."""
         return {self.tangent_gradient[name] for name in self.carried_axes()}

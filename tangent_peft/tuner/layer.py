@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from tangent_peft.forward import current_pass, deposit, dual, graft, is_replaying, leave, split
+from tangent_peft.forward import call_within, current_pass, deposit, dual, graft, is_replaying, leave, split
 from tangent_peft.tuner.guard import GuardedWeight
 from tangent_peft.tuner.holder import TangentHolder
 from tangent_peft.tuner.weights import TangentFactors, leaf_weight
@@ -113,8 +114,11 @@ class TangentLayer(TangentHolder):
         """W x + b, whose backward leaves the tangents' gradients."""
         y = self.base_layer(x, *args, **kwargs)
         for name, scale in carried.items():
-            y = deposit(y, x, scale, **vars(self.factors(name, 1.0)))
+            y = call_within(self.leaves(name), partial(self._deposit, name, scale), y, x.detach())
         return y
+
+    def _deposit(self, name: str, scale: float, y: Tensor, x: Tensor) -> Tensor:
+        return deposit(y, x, scale, **vars(self.factors(name, 1.0)))
 
     def _apply_base(
         self, primal: Tensor, tangent: Tensor | None, *args: Any, **kwargs: Any

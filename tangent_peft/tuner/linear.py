@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from tangent_peft.forward import call_within
 from tangent_peft.tuner.layer import TangentLayer
 
 
@@ -18,7 +19,7 @@ class TangentLinear(TangentLayer):
     def _linear_part(self, x: Tensor) -> Tensor:
         if self.base_layer.bias is None:
             return self.base_layer(x)
-        return F.linear(x, self.base_layer.weight)
+        return call_within([self.base_layer], lambda x: F.linear(x, self.base_layer.weight), x)
 
     def _layout(self, delta: Tensor) -> Tensor:
         return delta
@@ -31,7 +32,7 @@ class TangentConv1D(TangentLayer):
         super().__init__(base_layer, base_layer.nx, base_layer.nf, layer_name)
 
     def _linear_part(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.base_layer.weight.mT)
+        return call_within([self.base_layer], lambda x: F.linear(x, self.base_layer.weight.mT), x)
 
     def _layout(self, delta: Tensor) -> Tensor:
         return delta.mT

@@ -43,8 +43,8 @@ from tangent_peft.tuner.targets import (
     head_name,
     is_target,
     parameter_targets,
-    save_task_head,
     refuse_unknown_above,
+    save_task_head,
 )
 
 

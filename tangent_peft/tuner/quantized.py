@@ -41,7 +41,9 @@ class TangentQuantized(TangentLayer):
     ) -> tuple[Tensor, Tensor | None]:
         if tangent is None or isinstance(self.quantization_backend, (Bnb4bitBackend, HqqBackend)):
             return super()._apply_base(primal, tangent, *args, **kwargs)
-        return self.base_layer(primal, *args, **kwargs), self._linear_part(tangent)  # kernels that may round their input
+        return self.base_layer(primal, *args, **kwargs), self._linear_part(
+            tangent
+        )  # kernels that may round their input
 
     def _linear_part(self, x: Tensor) -> Tensor:
         return self.opaque.linear_part(x)
