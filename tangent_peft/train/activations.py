@@ -47,12 +47,17 @@ def _ranks(block: BlockSize, work: Workload) -> int:
 
 
 def backward_of_block(model: ModelSize, block: BlockSize, work: Workload) -> float:
-    """Bytes that the backward pass of one block holds beside what was kept: three cotangents of the MLP, and its replay."""
+    """Bytes that one block's backward pass holds beside what was kept: three cotangents of the MLP, and its replay."""
     passing = 3 * block.inner + 2 * model.hidden
     held = float(work.tokens * work.element * passing)
     if work.gradient == "replay":
         held += _ordinary(model, block, work)
-    return max(held, attention_workspace(model, work))
+    return max(held, attention_workspace(model, work)) + _spelled(block)
+
+
+def _spelled(block: BlockSize) -> float:
+    """ΔW of the block's fused experts and its gradient, in full and in float32 also where τ has a low rank."""
+    return 8.0 * sum(layer.weights for layer in block.wrapped if layer.experts > 1)
 
 
 def _ordinary(model: ModelSize, block: BlockSize, work: Workload) -> float:

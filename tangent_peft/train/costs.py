@@ -10,9 +10,9 @@ With N devices, P the bytes of the base, t the entries of the τ that trains (A 
 | ZeRO-3 | P / N | s·t / N | s·t / N | 12t / N | gathered weights |
 | FSDP2 | P / N | 4t / N | 4t / N | 8t / N | two blocks and the root |
 
-s = 2 where DeepSpeed runs in bfloat16 (it casts τ as well and keeps a float32 copy, hence 12 for Adam), else 4. The other
-K − 1 axes are held frozen, as τ is. Activations are those of `activations.py`. A step passes through four phases, and its
-peak is that of the largest: the head with all activations kept, the first block's backward pass with the head's
+s = 2 where DeepSpeed runs in bfloat16 (it casts τ as well and keeps a float32 copy, hence 12 for Adam), else 4. The
+other K − 1 axes are held frozen, as τ is. Activations are those of `activations.py`. A step passes through four phases,
+and its peak is that of the largest: the head with all activations kept, the first block's backward pass with the head's
 gradient, the last block's with all gradients, the update.
 
 Nothing here runs a model. The exchange terms follow from how the engines are written and configured (`auto` values of
@@ -83,7 +83,7 @@ def tangent_entries(model: ModelSize, rank: int | None) -> int:
 
 
 def base_bytes(model: ModelSize, work: Workload) -> float:
-    """P, the bytes of the frozen base: with quantization the linear layers of its blocks in few bits, the rest as is."""
+    """P, the bytes of the frozen base; quantized are the linear layers of its blocks, fused experts are not."""
     element = BYTES[work.dtype]
     if work.quantize is None:
         return float(model.parameters * element)
@@ -171,7 +171,7 @@ def _gradient_share(work: Workload, cluster: Cluster, engine: Engine) -> float:
 
 
 def _update_workspace(model: ModelSize, work: Workload, cluster: Cluster, engine: Engine) -> float:
-    """Adam's: two temporaries of the largest matrix on a CPU, none where it is fused; DeepSpeed's gradient in float32."""
+    """Adam's: two temporaries of the largest matrix on a CPU, none where it is fused; DeepSpeed's float32 gradient."""
     if engine.startswith("zero"):
         return 0.0 if engine == "zero3_offload" else 8.0 * tangent_entries(model, work.rank) / cluster.gpus
     largest = max((layer.tangent(work.rank) for layer in model.wrapped), default=0)

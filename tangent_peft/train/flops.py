@@ -10,7 +10,8 @@ they leave out, and this file has:
   (two of them the weights anew), but over chunks of queries it visits only a `chunked` share of the T² pairs. Windows
   of attention are not known here: each layer is taken to see all keys;
 * the head runs on completions only, and computes its logits once more in the backward pass;
-* of a mixture of experts, those that serve a token;
+* of a mixture of experts, those that serve a token. A low-rank tangent of fused experts is multiplied out, B·A in full,
+  and then costs what a dense one does;
 * a rank r is small against the width but not nothing.
 """
 
@@ -23,7 +24,17 @@ from tangent_peft.forward.attention_rule import CHUNK
 from tangent_peft.train.sizes import BlockSize, LinearSize, ModelSize, Workload
 
 
-ENTRY = ("q_proj", "k_proj", "v_proj", "qkv_proj", "c_attn", "query_key_value", "q_a_proj", "kv_a_proj_with_mqa", "Wqkv")
+ENTRY = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "qkv_proj",
+    "c_attn",
+    "query_key_value",
+    "q_a_proj",
+    "kv_a_proj_with_mqa",
+    "Wqkv",
+)
 
 
 @dataclass(frozen=True)
@@ -34,6 +45,7 @@ class Products:
         linear: the linear layers, experts that serve a token among them.
         linear_all: the same in all blocks.
         wrapped: those of `linear` that carry a tangent.
+        spelled: those of `wrapped` whose low-rank tangent is multiplied out, and that product: fused experts.
         entry: those in the first of the blocks that read its input.
         attention: one product of size T² (QKᵀ or PV).
         attention_all: the same in all blocks.
@@ -49,6 +61,7 @@ class Products:
     linear: float
     linear_all: float
     wrapped: float
+    spelled: float
     entry: float
     attention: float
     attention_all: float
@@ -71,6 +84,7 @@ def products(model: ModelSize, work: Workload) -> Products:
     trained, length = model.trained_blocks, work.length
     entry = [x for x in trained[0].layers if x.name.endswith(ENTRY)] if trained else []
     wrapped = [layer for block in trained for layer in block.wrapped]
+    fused, plain = [x for x in wrapped if x.experts > 1], [x for x in wrapped if x.experts == 1]
     attention = 2 * work.rows * model.heads * length**2 * model.head_size
     stops = [min(start + CHUNK, length) for start in range(0, length, CHUNK)]
     visited = sum((stop - start) * stop for start, stop in zip([0, *stops], stops, strict=False))
@@ -79,12 +93,13 @@ def products(model: ModelSize, work: Workload) -> Products:
         linear=2 * work.tokens * _per_token(trained),
         linear_all=2 * work.tokens * _per_token(model.blocks),
         wrapped=2 * work.tokens * sum(x.products for x in wrapped),
+        spelled=sum(2 * work.tokens * x.products + 2 * x.weights * (work.rank or 0) for x in fused),
         entry=2 * work.tokens * sum(x.products for x in entry),
         attention=attention * len(trained),
         attention_all=attention * len(model.blocks),
         chunked=attention * len(trained) * visited / length**2,
-        low_in=low * sum(x.active * x.inputs for x in wrapped),
-        low_out=low * sum(x.active * x.outputs for x in wrapped),
+        low_in=low * sum(x.inputs for x in plain),
+        low_out=low * sum(x.outputs for x in plain),
         low_entry=low * sum(x.active * x.inputs for x in entry if x.wrapped),
         head=head * work.scored,
         head_all=head * work.tokens,
@@ -104,7 +119,9 @@ def step_operations(model: ModelSize, work: Workload) -> float:
     """
     p, low_rank = products(model, work), work.rank is not None
     own = p.low_in + p.low_out if low_rank else p.wrapped
-    carry = p.linear + 5 * p.chunked - p.entry  # the tangent's forward: W ẋ and attention's rule; its transpose costs as much
+    carry = (
+        p.linear + 5 * p.chunked - p.entry
+    )  # the tangent's forward: W ẋ and attention's rule; its transpose costs as much
     head = 4 * p.head + ((3 * p.head_low if low_rank else 3 * p.head) if model.head.wrapped else 0)
     forward = p.linear_all + 2 * p.attention_all
     if work.gradient == "recorded":

@@ -1,15 +1,16 @@
 """The sizes that decide what a training step costs: of the model, and of what is trained on which batch.
 
 A model's sizes are counted on its modules, built from the config on the meta device: nothing is allocated, nothing is
-assumed of an architecture that its modules do not say. Which layers train is asked of the same functions that wrap them.
+assumed of an architecture that its modules do not say. Which layers train is asked of the functions that wrap them.
 """
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
-from accelerate import init_empty_weights
+import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
@@ -63,8 +64,8 @@ class LinearSize:
         return self.weights if rank is None else self.experts * self.outputs * rank
 
     def projection(self, rank: int | None) -> int:
-        """Entries of A."""
-        return 0 if rank is None else self.experts * self.inputs * rank
+        """Entries of A, which the experts of a layer share."""
+        return 0 if rank is None else self.inputs * rank
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def model_size(config: PreTrainedConfig, axis: TangentConfig, experts: bool = Fa
         ValueError: if the model has no list of blocks or no head, or is not a decoder that transformers knows.
     """
     auto: Any = AutoModelForCausalLM
-    with init_empty_weights():
+    with torch.device("meta"):
         model = auto.from_config(config)
     return count_model(model, axis, experts)
 
@@ -160,6 +161,7 @@ def count_model(model: nn.Module, axis: TangentConfig, experts: bool = False) ->
     if found is None or head is None:
         raise ValueError(f"{type(model).__name__} has no list of blocks, or no LM head: its costs are not known.")
     if axis.target_modules is None or axis.target_modules == "all-linear":
+        axis = copy.copy(axis)  # completed here; the caller's is its own
         axis.target_modules = default_targets(model, axis)  # type: ignore[assignment]
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     text: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
@@ -218,7 +220,9 @@ class _Reader:
                 elif weight.ndim == 2 and key == "weight":
                     layers.append(LinearSize(name, weight.shape[1], weight.shape[0]))  # a router
         inner, widened = self._inner(prefix, layers)
-        named = [(name.rpartition(".")[2], m) for name, m in block.named_modules() if "norm" in type(m).__name__.lower()]
+        named = [
+            (name.rpartition(".")[2], m) for name, m in block.named_modules() if "norm" in type(m).__name__.lower()
+        ]
         of_heads = [name for name, _ in named if name in ("q_norm", "k_norm", "q_layernorm", "k_layernorm")]
         total = sum(p.numel() for p in block.parameters())
         norms = len(named) - len(of_heads)
@@ -260,6 +264,7 @@ class Workload:
         pairs: preference pairs per process and forward; a pair is two rows.
         length: T, positions per row.
         prompt_share: share of the positions that are prompt, on which the head does not run.
+        completions: positions on which it runs, of a batch that is known; `None`: by the share.
         dtype: of the base.
         autocast: compute in bfloat16 whatever the weights have.
         quantize: `"4bit"` or `"8bit"`: how linear layers of blocks are stored; `None`: not.
@@ -272,6 +277,7 @@ class Workload:
     pairs: int = 1
     length: int = 1024
     prompt_share: float = 0.5
+    completions: int | None = None
     dtype: str = "bfloat16"
     autocast: bool = False
     quantize: str | None = None
@@ -303,6 +309,8 @@ class Workload:
     @property
     def scored(self) -> int:
         """N, the positions whose next token belongs to an answer."""
+        if self.completions is not None:
+            return self.completions
         return self.rows * min(self.length - 1, self.length - round(self.prompt_share * self.length))
 
     @property
