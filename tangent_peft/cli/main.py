@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tangent_peft import __version__
+from tangent_peft.cli.plan_options import add_plan
 
 
 EXPECTED = (ImportError, OSError, ValueError)
@@ -55,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     quickstart.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     quickstart.set_defaults(run=_quickstart)
+    add_plan(commands)
     # Named here for `--help` only: its options are TRL's, which `main` leaves to TRL's parser.
     commands.add_parser("train", help="train one axis from a YAML recipe and options, as TRL's `trl dpo` does")
     return parser

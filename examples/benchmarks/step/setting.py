@@ -7,12 +7,15 @@ because a trained head must not train the embedding below all blocks.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from tangent_peft import TangentConfig
+from tangent_peft.train.sizes import ModelSize, Workload, count_model
 
 
 PROMPT_SEED, MODEL_SEED = 0, 0
@@ -63,34 +66,16 @@ class Setting:
 
 @dataclass(frozen=True)
 class Sizes:
-    """The numbers that determine a step's operations.
+    """What determines a step's operations.
 
     Attributes:
-        blocks: blocks in the model.
-        wrapped: the last of them that train.
-        rank: of the low-rank variants.
-        linears: (in, out) of each linear layer of a block, by name.
-        heads: query heads.
-        head_size: width of one.
-        hidden: width of the hidden state.
-        vocabulary: rows of the LM head.
-        rows: sequences in the batch, two per pair.
-        tokens: positions per row.
-        completions: positions whose next token is completion.
-        compact: whether TRL's head skips the other positions, as it does where Triton runs.
+        model: the base, with what the tangents wrap.
+        work: batch and rank.
+        compact: whether TRL's head skips the positions of prompts, as it does where Triton runs.
     """
 
-    blocks: int
-    wrapped: int
-    rank: int
-    linears: dict[str, tuple[int, int]] = field(repr=False)
-    heads: int
-    head_size: int
-    hidden: int
-    vocabulary: int
-    rows: int
-    tokens: int
-    completions: int
+    model: ModelSize
+    work: Workload
     compact: bool
 
 
@@ -189,26 +174,17 @@ def _untied(model: Any) -> Any:
 
 
 def _sizes(setting: Setting, model: Any, batch: dict[str, Tensor]) -> Sizes:
-    config = model.config.get_text_config()
-    blocks = list(model.get_decoder().layers)
-    modules = blocks[-1].named_modules()
-    linears = {name: (m.in_features, m.out_features) for name, m in modules if isinstance(m, nn.Linear)}
-    query = next(out for name, (_, out) in linears.items() if name.endswith("q_proj"))
     rows, tokens = batch["input_ids"].shape
-    return Sizes(
-        blocks=len(blocks),
-        wrapped=min(setting.layers, len(blocks)),
+    work = Workload(
         rank=setting.rank,
-        linears=linears,
-        heads=config.num_attention_heads,
-        head_size=query // config.num_attention_heads,
-        hidden=config.hidden_size,
-        vocabulary=config.vocab_size,
-        rows=rows,
-        tokens=tokens,
+        pairs=rows // 2,
+        length=tokens,
         completions=int(batch["completion_mask"][:, 1:].sum()),
-        compact=setting.device != "cpu",
+        dtype=setting.dtype,
+        autocast=setting.autocast,
     )
+    axis = TangentConfig(r=setting.rank, num_layers=setting.layers)
+    return Sizes(count_model(model, axis), work, compact=setting.device != "cpu")
 
 
 # ---- the batch -------------------------------------------------------------------------------------------------------
