@@ -27,6 +27,7 @@ from tangent_peft.tuner.dispatch import wrap_layer
 from tangent_peft.tuner.fingerprint import check_fingerprint, fingerprint
 from tangent_peft.tuner.layer import TangentLayer
 from tangent_peft.tuner.registration import PREFIX
+from tangent_peft.tuner.shared import refuse_shared_weights
 from tangent_peft.tuner.state import AxisConfigs, check_state_dict
 from tangent_peft.tuner.targets import (
     ALL_LINEAR,
@@ -107,6 +108,7 @@ class TangentModel(BaseTuner):
             check_support(model)
         before, forced = axes.snapshot(model), self._forced()
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        refuse_shared_weights(axes.tangent_layers(model), type(model).__name__)
         if config.base_fingerprint is None and not config.inference_mode:
             config.base_fingerprint = fingerprint(model)
         axes.restore_scaling(before)
