@@ -94,13 +94,24 @@ def _oracle(family: Family, tangents: Any, inputs: Any, cotangent: Tensor) -> tu
     """f(θ₀), f_lin and the gradient in float64, of the logits as the model returns them."""
     model = family.build()
     cap = next((vars(model.config)[name] for name in CAPS if name in vars(model.config)), None)
-    twin, tangents = float64_twin(model, family.oracle), {name: x.double() for name, x in tangents.items()}
+    twin = float64_twin(model, family.oracle)
+    own_name, wrapped = _own_names(twin), tangents.keys()
+    tangents = {own_name[name]: x.double() for name, x in tangents.items()}
     with InFloat64(), sdpa_kernel(SDPBackend.MATH):
         base, linear = linearized(twin, tangents, **inputs)
         linear = linear.detach().requires_grad_()
         capped = soft_cap(linear, cap)
         (above,) = torch.autograd.grad(capped, linear, cotangent.double())
-        return soft_cap(base, cap), capped.detach(), gradient(twin, tangents, above, **inputs)
+        pulled = gradient(twin, tangents, above, **inputs)
+    return soft_cap(base, cap), capped.detach(), {name: pulled[own_name[name]] for name in own_name.keys() & wrapped}
+
+
+def _own_names(twin: Any) -> dict[str, str]:
+    """The first name of every parameter by any of its names: blocks may share one. The oracle unties the head."""
+    first = {id(parameter): name for name, parameter in twin.named_parameters()}
+    head = twin.get_output_embeddings().weight
+    every = twin.named_parameters(remove_duplicate=False)
+    return {name: name if parameter is head else first[id(parameter)] for name, parameter in every}
 
 
 def _gradient(model: PeftModel, inputs: Any, cotangent: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

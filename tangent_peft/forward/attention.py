@@ -19,7 +19,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tangent_peft.forward.attention_rule import AttentionShape
-from tangent_peft.forward.level import LinearizedPass, current_pass, dual, split
+from tangent_peft.forward.level import LinearizedPass, carries_tangent, current_pass, dual, split
 from tangent_peft.forward.sdpa import SdpaDerivative, attention_tangent
 
 
@@ -147,6 +147,11 @@ def tangent_attention(
     """
     chosen = _primal_implementation(module.config)
     (q, dq), (k, dk), (v, dv) = split(query), split(key), split(value)
+    if carries_tangent(attention_mask):
+        raise NotImplementedError(
+            f"{type(module).__name__} computes its attention mask from hidden states that carry a tangent, and the "
+            f"kernel of {chosen!r} takes a fixed mask. Load the model with attn_implementation='eager'."
+        )
     if not (dq is None and dk is None and dv is None):
         _check_kernel(chosen, q, attention_mask, kwargs)
     options = {"scaling": scaling, "dropout": dropout, **kwargs}

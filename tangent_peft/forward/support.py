@@ -7,7 +7,7 @@ message that names no remedy. `docs/models.md` shows these tables beside what wa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FunctionType, MethodType
 from typing import Any
@@ -54,13 +54,26 @@ REFUSED = {
         WEIGHTS,
     ),
 }
-_RWKV = ("transformers.models.rwkv.modeling_rwkv", "RwkvModel")
-RESCALED = Refusal(
-    "rwkv",
-    "with `rescale_every` > 0 it divides weights in place whenever it changes between training and evaluation, and would "
-    "not divide the tangents",
-    "set `model.config.rescale_every = 0` before wrapping it, which computes the same",
-)
+#: The same, refused for some settings of their config only.
+REFUSED_IF: dict[tuple[str, str], tuple[Callable[[Any], bool], Refusal]] = {
+    ("transformers.models.rwkv.modeling_rwkv", "RwkvModel"): (
+        lambda config: config.rescale_every > 0,
+        Refusal(
+            "rwkv with `rescale_every` > 0",
+            "it divides weights in place whenever it changes between training and evaluation, and would not divide the "
+            "tangents",
+            "set `model.config.rescale_every = 0` before wrapping it, which computes the same",
+        ),
+    ),
+    ("transformers.models.doge.modeling_doge", "DogeAttention"): (
+        lambda config: config._attn_implementation != "eager",
+        Refusal(
+            "doge with fused attention",
+            "its attention mask is computed from the hidden states and carries a tangent, which fused kernels do not take",
+            "load it with attn_implementation='eager'",
+        ),
+    ),
+}
 HUB_KERNELS = Refusal(
     "any, loaded with `use_kernels=True`",
     "kernels from the hub replace its layers, and most have no derivative or lose the tangent",
@@ -100,8 +113,9 @@ def _refusals(module: nn.Module) -> Iterator[Refusal]:
         listed = REFUSED.get((kind.__module__, kind.__name__))
         if listed is not None:
             yield listed
-        if (kind.__module__, kind.__name__) == _RWKV and _config(module).rescale_every > 0:
-            yield RESCALED
+        condition, refusal = REFUSED_IF.get((kind.__module__, kind.__name__), (None, None))
+        if condition is not None and refusal is not None and condition(_config(module)):
+            yield refusal
     if _has_hub_kernels(module):
         yield HUB_KERNELS
     if any(_is_liger(code) for code in (type(module), type(module).forward, vars(module).get("forward"))):

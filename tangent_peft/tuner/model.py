@@ -32,6 +32,7 @@ from tangent_peft.tuner.fingerprint import check_fingerprint, fingerprint
 from tangent_peft.tuner.layer import TangentLayer
 from tangent_peft.tuner.quantized import TangentQuantized, check_mergeable
 from tangent_peft.tuner.registration import PREFIX
+from tangent_peft.tuner.shared import refuse_shared_weights
 from tangent_peft.tuner.state import AxisConfigs, check_state_dict
 from tangent_peft.tuner.targets import (
     ALL_LINEAR,
@@ -135,6 +136,7 @@ class TangentModel(BaseTuner):
             check_support(model)
         before, forced = axes.snapshot(model), self._forced()
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        refuse_shared_weights(axes.tangent_layers(model), type(model).__name__)
         if config.base_fingerprint is None and not config.inference_mode:
             config.base_fingerprint = fingerprint(model)
         axes.restore_scaling(before)
