@@ -86,6 +86,10 @@ class TangentEmbedding(TangentLayer):
             if not weight.is_meta:
                 weight.data[:, self.padding_idx] = 0.0
 
+    def tied_kinds(self) -> tuple[str, str]:
+        """In words, what this layer is and what it may be tied to."""
+        return "input embedding", "head"
+
     @property
     def weight(self) -> Tensor:
         """E itself: what reads it instead of calling the embedding is a head that is tied to it."""

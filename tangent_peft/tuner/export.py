@@ -179,9 +179,10 @@ def export_lora(tuner: TangentModel, path: Path, weights: Mapping[str, float] | 
 def _warn_of_tied_head(tuner: TangentModel, exported: Mapping[str, object]) -> None:
     for layer in tangent_layers(tuner.model):
         if layer.tangent_tied and layer.layer_name in exported:
+            kind, other = layer.tied_kinds()
             warnings.warn(
-                f"{layer.layer_name!r}: head and input embedding are tied, so run this LoRA as an adapter. Merging it "
-                "with stock PEFT (`merge_and_unload`) would change the other one as well; to get merged weights, use "
+                f"The {kind} {layer.layer_name!r} is tied to the {other}: run this LoRA as an adapter. Merging it with "
+                f"stock PEFT (`merge_and_unload`) would change the {other} as well; to get merged weights, use "
                 "`export_merged`.",
                 stacklevel=4,
             )

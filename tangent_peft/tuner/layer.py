@@ -157,6 +157,10 @@ class TangentLayer(TangentHolder):
         """ΔW (out, in) as the base layer stores W."""
         raise NotImplementedError
 
+    def tied_kinds(self) -> tuple[str, str]:
+        """What this layer is and what it is tied to, in words, where `tangent_tied` says that it is."""
+        return "head", "input embedding"
+
     # ---- merging -----------------------------------------------------------------------------------------------
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -27,7 +27,7 @@ from tangent_peft.tuner import axes, export
 from tangent_peft.tuner.backends import activation_dtype, opaque_layers, requantizer
 from tangent_peft.tuner.config import TangentConfig
 from tangent_peft.tuner.dispatch import wrap_layer
-from tangent_peft.tuner.experts import wrap_experts, wrapper_of
+from tangent_peft.tuner.experts import TangentExperts, wrap_experts, wrapper_of
 from tangent_peft.tuner.fingerprint import check_fingerprint, fingerprint
 from tangent_peft.tuner.layer import TangentLayer
 from tangent_peft.tuner.quantized import TangentQuantized, check_mergeable
@@ -118,6 +118,12 @@ class TangentModel(BaseTuner):
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 self._create_and_replace(peft_config, adapter_name, target, target_name, parent, name, parameter_name)
         return names
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, TangentExperts):  # unloaded; PEFT would look for a `weight` in the experts
+            setattr(parent, child_name, new_module)
+            return
+        super()._replace_module(parent, child_name, new_module, child)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Adds an adapter's tangents and (re)installs the linearized forward; the active mix stays as it was.
@@ -218,9 +224,10 @@ class TangentModel(BaseTuner):
         check_mergeable(axes.tangent_layers(self.model))
         for layer in _head_and_embedding(self.model):
             if isinstance(layer, TangentLayer) and layer.tangent_tied and layer.carried_axes():
+                kind, other = layer.tied_kinds()
                 warnings.warn(
-                    f"Head and input embedding are tied and {layer.layer_name!r} has a tangent of its own: merging "
-                    "gives it its own weight, the other one stays as it is, and `tie_word_embeddings` becomes False.",
+                    f"The {kind} is tied to the {other} and has a tangent of its own: merging gives it its own "
+                    f"weight, the {other} stays as it is, and `tie_word_embeddings` becomes False.",
                     stacklevel=3,
                 )
 
