@@ -121,7 +121,7 @@ def test_an_opaque_kernel_is_refused_by_name() -> None:
         logits(model, **batch())
 
 
-@pytest.mark.parametrize("product", [torch._grouped_mm, torch.ops.transformers.grouped_mm_fallback], ids=str)
+@pytest.mark.parametrize("product", [torch._grouped_mm, torch.ops.transformers.grouped_mm_fallback], ids=["torch", "own"])
 @pytest.mark.parametrize("transposed", [True, False])
 def test_grouped_product_equals_the_loop(product: Any, transposed: bool) -> None:
     """Value, derivative in both arguments, and the gradient of the derivative."""
