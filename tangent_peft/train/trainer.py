@@ -141,6 +141,12 @@ class TangentDPOTrainer(DPOTrainer):
                 quantization_config=quantization_config,
                 peft_config=peft_config,
             )
+        if args.trunk_cache is not None and self._is_vision_dataset:
+            raise ValueError(
+                f"`trunk_cache={str(args.trunk_cache)!r}` on data with images: the hidden states below the first "
+                "wrapped block depend on the images, and the cache knows sequences by their tokens alone. Train "
+                "without `trunk_cache`."
+            )
         wrapped: Any = self.model  # a PeftModel by now
         install_linearized_head(wrapped.get_base_model())
         self.watch = Watch(self, self.axis, args)

@@ -193,6 +193,13 @@ class TangentModel(BaseTuner):
                 stacklevel=3,
             )
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """As PEFT's, which reads the weight of a module saved in full, and a head of several layers has none."""
+        if isinstance(child, ModulesToSaveWrapper):
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
     # PEFT's annotation says None; it returns the model.
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:  # type: ignore[override]
         model: Any = super()._unload_and_optionally_merge(*args, **kwargs)

@@ -46,6 +46,7 @@ def vlm_trainer(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[
             model=build_vlm(name) if model is None else model,
             args=TangentDPOConfig(**{**arguments, **options}),
             train_dataset=Dataset.from_list(vision_pairs()),
+            eval_dataset=Dataset.from_list(vision_pairs(2)),
             processing_class=processor(name, tokenizer),
             peft_config=peft_config,
         )
@@ -101,12 +102,20 @@ def test_loss_equals_plain_logits(name: str, gradient: str, vlm_trainer: Callabl
 @pytest.mark.parametrize("name", FAMILIES)
 def test_training_saves_and_loads(name: str, vlm_trainer: Callable[..., Any], tmp_path: Path) -> None:
     """A few steps lower the loss with the adjoint identity checked at each, and the axis comes back from disk."""
-    options = {"max_steps": 4, "learning_rate": 1e-2, "adjoint_check_steps": 1, "axis": "color"}
+    options = {"max_steps": 4, "learning_rate": 1e-2, "axis": "color"}
+    options |= {
+        "adjoint_check_steps": 1,
+        "linearity_gap_steps": 2,
+        "max_kl": 1e3,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+    }
     trainer = vlm_trainer(name, peft_config=TangentConfig(num_layers=2, task_type="CAUSAL_LM", r=4), **options)
     trainer.train()
     losses = list(logged(trainer, "loss").values())
     assert losses[0] == pytest.approx(0.6931, abs=1e-3) and losses[-1] < losses[0]
-    assert max(logged(trainer, "adjoint_error").values()) <= 1e-4
+    assert max(logged(trainer, "adjoint_error/color").values()) <= 1e-4
+    assert logged(trainer, "eval_loss") and logged(trainer, "kl/color")[4] > 0
     names = {name for name, moved in tangents(trainer).items() if moved.any()}
     assert names and all("vision" not in name and ".color." in name for name in names)
     trainer.save_model(str(tmp_path / "saved"))
@@ -118,6 +127,17 @@ def test_training_saves_and_loads(name: str, vlm_trainer: Callable[..., Any], tm
         with loaded.disable_adapter():
             assert relative_error(found, loaded(**batch).logits) > 1e-3
     assert_equal(found, expected)
+
+
+def test_the_linearity_gap_sees_the_images(vlm_trainer: Callable[..., Any]) -> None:
+    """It is measured on the batch that trains, images included."""
+    trainer = vlm_trainer(peft_config=config("dense", num_layers=1), linearity_gap_steps=1, max_steps=1)
+    seen = []
+    tower = trainer.model.get_base_model().model.vision_tower
+    tower.register_forward_hook(lambda module, args, output: seen.append(module.training))
+    trainer.train()
+    assert seen == [False] * 3 + [True]  # three forwards of the gap, one of the step
+    assert logged(trainer, "linearity_gap/default")[1] > 0
 
 
 def test_a_second_axis_trains_beside_the_first(vlm_trainer: Callable[..., Any]) -> None:
@@ -140,8 +160,7 @@ def test_a_second_axis_trains_beside_the_first(vlm_trainer: Callable[..., Any]) 
 def test_options_that_images_exclude_are_refused(vlm_trainer: Callable[..., Any], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="precompute_ref_log_probs"):
         vlm_trainer(peft_config=config("dense"), precompute_ref_log_probs=True)
-    with pytest.raises(ValueError, match="keep_end"):
+    with pytest.raises(ValueError, match="keep_end"), pytest.warns(FutureWarning, match="keep_end"):
         vlm_trainer(peft_config=config("dense"), truncation_mode="keep_end", max_length=64)
-    trainer = vlm_trainer(peft_config=config("dense", num_layers=1), trunk_cache=str(tmp_path / "trunk"))
-    with pytest.raises(ValueError, match=r"pixel_values.*trunk cache"):
-        trainer.train()
+    with pytest.raises(ValueError, match=r"trunk_cache=.*images"):
+        vlm_trainer(peft_config=config("dense", num_layers=1), trunk_cache=str(tmp_path / "trunk"))
