@@ -37,6 +37,7 @@ from tangent_peft.tuner.targets import (
     head_name,
     is_target,
     save_task_head,
+    warn_of_encoders,
 )
 
 
@@ -108,6 +109,7 @@ class TangentModel(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if config.base_fingerprint is None and not config.inference_mode:
             config.base_fingerprint = fingerprint(model)
+            warn_of_encoders(model)
         axes.restore_scaling(before)
         self._force(forced)
         self._mark_head(model)
