@@ -254,6 +254,21 @@ def test_save_load_merge(name: str, tmp_path: Path) -> None:
             assert torch.equal(model(**inputs).logits, build_classifier(name)(**inputs).logits)
 
 
+def test_a_head_trained_in_full_has_no_lambda() -> None:
+    model = classifier("llama")
+    model.add_adapter("other", config("dense", task_type="SEQ_CLS"))
+    with pytest.raises(ValueError, match=r"score.*no λ"):
+        model.combine_axes({"default": 0.5})
+    with pytest.raises(ValueError, match="score"):
+        model.combine_axes({"default": 1.0, "other": 1.0})
+    steered = classifier("llama", task_type=None)
+    steered.add_adapter("other", config("dense"))
+    steered.combine_axes({"default": 0.5, "other": -1.0})
+    _, expected = oracle.linearized(build_classifier("llama"), deltas(steered), **batch())
+    with torch.no_grad():
+        assert_equal(steered(**batch()).logits, expected)
+
+
 def test_export_of_a_tangent_on_the_head(tmp_path: Path) -> None:
     model, inputs = classifier("llama", "shared", task_type=None), batch()
     model.export_lora(tmp_path)
