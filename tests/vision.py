@@ -155,9 +155,7 @@ def _mllama() -> PreTrainedModel:
     vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_global_layers": 1}
     vision |= {"attention_heads": 2, "image_size": 8, "patch_size": 4, "vision_output_dim": 32}
     vision |= {"intermediate_layers_indices": [0], "max_num_tiles": 1, "supported_aspect_ratios": [[1, 1]]}
-    return MllamaForConditionalGeneration(
-        MllamaConfig(text_config=text, vision_config=vision, image_token_index=IMAGE)
-    )
+    return MllamaForConditionalGeneration(MllamaConfig(text_config=text, vision_config=vision, image_token_index=IMAGE))
 
 
 VLMS: dict[str, Callable[[], PreTrainedModel]] = {

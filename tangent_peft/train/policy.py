@@ -84,6 +84,20 @@ def refuse_contradictions(ref_model: object, config: TangentConfig, args: Tangen
         )
 
 
+def refuse_images(images: bool, args: TangentDPOConfig) -> None:
+    """Raises if the data has images and an option can not take them.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    if images and args.trunk_cache is not None:
+        raise ValueError(
+            f"`trunk_cache={str(args.trunk_cache)!r}` on data with images: the hidden states below the first wrapped "
+            "block depend on the images, and the cache knows sequences by their tokens alone. Train without "
+            "`trunk_cache`."
+        )
+
+
 def _existing_axis(model: PeftModel, args: TangentDPOConfig) -> tuple[PreTrainedModel, TangentConfig, Wrap]:
     foreign = {name: type(config).__name__ for name, config in model.peft_config.items()}
     if not all(isinstance(config, TangentConfig) for config in model.peft_config.values()):

@@ -42,7 +42,7 @@ from tangent_peft.train.budget import BudgetCallback
 from tangent_peft.train.config import TangentDPOConfig
 from tangent_peft.train.finite import check_finite
 from tangent_peft.train.head import install_linearized_head
-from tangent_peft.train.policy import Wrap, choose_policy, primal_moves, refuse_contradictions
+from tangent_peft.train.policy import Wrap, choose_policy, primal_moves, refuse_contradictions, refuse_images
 from tangent_peft.train.trunk_cache import TrunkCache, open_for_training
 from tangent_peft.train.watch import Watch
 from tangent_peft.tuner.card import write_usage_note
@@ -141,6 +141,7 @@ class TangentDPOTrainer(DPOTrainer):
                 quantization_config=quantization_config,
                 peft_config=peft_config,
             )
+        refuse_images(self._is_vision_dataset, args)
         wrapped: Any = self.model  # a PeftModel by now
         install_linearized_head(wrapped.get_base_model())
         self.watch = Watch(self, self.axis, args)

@@ -25,7 +25,7 @@ from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import ProcessorMixin, Trainer
 
 from tangent_peft.forward.trunk import PROBE_TOLERANCE, Autocast, Trunk
 from tangent_peft.train.trunk_store import RowStore, digest, write_whole
@@ -325,7 +325,8 @@ def open_for_training(directory: str | Path, trainer: Trainer) -> TrunkCache:
             "`datasets.Dataset`, or train without a trunk cache."
         )
     model: Any = accelerator.unwrap_model(trainer.model)
-    tokenizer: Any = trainer.processing_class
+    given: Any = trainer.processing_class
+    tokenizer = given.tokenizer if isinstance(given, ProcessorMixin) else given
     notes = {"data": dataset._fingerprint, "tokenizer": "" if tokenizer is None else tokenizer.name_or_path}
     cache = TrunkCache(directory, model, autocast=accelerator.autocast, notes=notes)
     cache.build(_collated(dataset, trainer), share=(accelerator.process_index, accelerator.num_processes))

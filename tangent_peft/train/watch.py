@@ -18,6 +18,8 @@ from tangent_peft.train.config import TangentDPOConfig
 from tangent_peft.tuner import axis_norm, linearity_gap
 
 
+_TOKENS = {"input_ids", "attention_mask"}
+_NOT_FOR_THE_MODEL = {"completion_mask", "ref_chosen_logps", "ref_rejected_logps"}
 GAP_TOKENS = 64  # logits over the whole vocabulary are compared, so a few must do
 
 
@@ -75,14 +77,23 @@ class Watch:
     # ---- linearity gap -------------------------------------------------------------------------------------------
 
     def measure_linearity_gap(self, step: int, inputs: dict[str, Any]) -> None:
-        """Logs the gap every `linearity_gap_steps` steps, on answer tokens of the batch's first row."""
+        """Logs the gap every `linearity_gap_steps` steps, on answer tokens of the batch's first row.
+
+        A row of a batch with images can not be cut out: the whole batch runs then, and is compared where every row has
+        a token.
+        """
         every = self.args.linearity_gap_steps
         if every is None or step % every or step == self._measured_step:
             return
         self._measured_step = step
-        answer = inputs["completion_mask"][0, 1:].nonzero().view(-1)  # the positions that predict an answer token
-        sample = {name: inputs[name][:1] for name in ("input_ids", "attention_mask")}
-        sample["logits_to_keep"] = answer[:GAP_TOKENS]
+        answer = inputs["completion_mask"][0, 1:].bool()  # the positions that predict an answer token
+        if inputs.keys() <= _TOKENS | _NOT_FOR_THE_MODEL:
+            sample = {name: inputs[name][:1] for name in _TOKENS}
+        else:
+            sample = {name: value for name, value in inputs.items() if name not in _NOT_FOR_THE_MODEL}
+            real = inputs["attention_mask"].bool().all(dim=0)[:-1]
+            answer = answer & real if bool((answer & real).any()) else real
+        sample["logits_to_keep"] = answer.nonzero().view(-1)[:GAP_TOKENS]
         self._log("linearity_gap", linearity_gap(self._model, [self.trainer._prepare_inputs(sample)]).gap)
 
     # ---- the adjoint identity ------------------------------------------------------------------------------------

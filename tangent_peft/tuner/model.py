@@ -46,6 +46,7 @@ from tangent_peft.tuner.targets import (
     parameter_targets,
     refuse_unknown_above,
     save_task_head,
+    warn_of_encoders,
 )
 
 
@@ -145,6 +146,7 @@ class TangentModel(BaseTuner):
         refuse_shared_weights(axes.tangent_layers(model), type(model).__name__)
         if config.base_fingerprint is None and not config.inference_mode:
             config.base_fingerprint = fingerprint(model)
+            warn_of_encoders(model)
         axes.restore_scaling(before)
         self._force(forced)
         self._mark_tied(model)
@@ -234,6 +236,13 @@ class TangentModel(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(child, TangentQuantized):  # unloading: some quantized layers have no `weight` to hand over
             parent.add_module(child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """As PEFT's, which reads the weight of a module saved in full, and a head of several layers has none."""
+        if isinstance(child, ModulesToSaveWrapper):
+            setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
 

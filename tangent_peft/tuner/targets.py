@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 
 from peft import TaskType
@@ -124,6 +125,23 @@ def default_targets(model: nn.Module, config: TangentConfig) -> set[str]:
             "modules to wrap in `target_modules`."
         )
     return names
+
+
+def warn_of_encoders(model: nn.Module) -> None:
+    """Says of layers wrapped beside a text decoder, as those of a vision tower, what they exclude."""
+    decoder, head = _text_decoder(model), head_name(model)
+    if decoder is None or not (isinstance(model, PreTrainedModel) and model.can_generate()):
+        return
+    wrapped = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    outside = [name for name in wrapped if not name.startswith(decoder + ".") and name != head]
+    if outside:
+        warnings.warn(
+            f"{len(outside)} layers outside of the text decoder {decoder!r} carry a tangent, for example "
+            f"{outside[0]!r}. That trains and evaluates exactly; but `generate` encodes images or a source before the "
+            "model's forward, where it refuses to run linearized. To generate linearized keep these layers out "
+            "(`exclude_modules`, or target_modules=None); or generate merged (`model.linearized(False)`).",
+            stacklevel=4,
+        )
 
 
 def head_in_targets(config: TangentConfig, head: str | None) -> None:

@@ -62,7 +62,7 @@ def test_text_decoder_equals_the_oracle(name: str) -> None:
     assert_exact(name, "replay", vision_batch(name, "left"))
 
 
-@pytest.mark.parametrize("name", VLMS)
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "qwen3_vl", "gemma3", "smolvlm", "mllama"])
 def test_cached_generation_equals_uncached(name: str) -> None:
     model, inputs = wrapped(name), vision_batch(name, "left")
     options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -75,7 +75,7 @@ def test_cached_generation_equals_uncached(name: str) -> None:
     assert relative_error(base.logits[0], cached.logits[0]) > 0.01
 
 
-@pytest.mark.parametrize("name", VLMS)
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl", "gemma3", "mllama"])
 def test_the_images_matter(name: str) -> None:
     model, inputs = wrapped(name), vision_batch(name)
     others = {**inputs, "pixel_values": torch.randn_like(inputs["pixel_values"])}
@@ -113,19 +113,20 @@ def test_the_vision_tower_is_an_ordinary_network(name: str) -> None:
     [
         ("llava", ["q_proj", "linear_1"]),
         ("qwen3_vl", ["qkv", "v_proj", "linear_fc2"]),
-        ("idefics3", ["k_proj", "proj"]),
         ("mllama", ["q_proj"]),
     ],
 )
 def test_vision_layers_that_are_named_are_exact_too(name: str, modules: list[str]) -> None:
     """In the tower, the projector and (qwen3_vl) what deepstack adds to the blocks of the text."""
     for gradient in ("recorded", "replay"):
-        assert_exact(name, gradient, vision_batch(name), target_modules=modules, num_layers=None)
+        with pytest.warns(UserWarning, match=r"layers outside of the text decoder.*exclude_modules"):
+            assert_exact(name, gradient, vision_batch(name), target_modules=modules, num_layers=None)
 
 
 def test_generation_with_a_tangent_on_the_vision_tower_is_refused() -> None:
     """transformers encodes the images before the first forward, where there is no pass."""
-    model = wrapped("llava", target_modules=["q_proj"])
+    with pytest.warns(UserWarning, match="generate"):
+        model = wrapped("llava", target_modules=["q_proj"])
     with pytest.raises(RuntimeError, match=r"vision_tower.*exclude_modules"):
         model.generate(**vision_batch("llava", "left"), max_new_tokens=2)
     inputs = vision_batch("llava", "left")

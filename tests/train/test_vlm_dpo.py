@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import FORMS, config
+from cases import config
 from datasets import Dataset
 from peft import PeftModel
 from tolerances import assert_equal, relative_error
@@ -16,7 +16,7 @@ from torch import Tensor
 from training import GRADIENTS, first_batch_of, logged, loss_and_gradients, tangents
 from transformers import PreTrainedTokenizerFast
 from trl import DPOTrainer
-from vision import IMAGE, PATCHES, build_vlm, processor, vision_pairs
+from vision import IMAGE, PATCHES, build_vlm, processor, vision_batch, vision_pairs
 
 from tangent_peft import TangentConfig, TangentDPOConfig, TangentDPOTrainer
 
@@ -28,7 +28,9 @@ FAMILIES = ["llava", "gemma3"]  # the second with `token_type_ids` and attention
 def vlm_trainer(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[..., Any]:
     """Makes a trainer of three short steps on a tiny vision-language model and pairs about images."""
 
-    def make(name: str = "llava", model: Any = None, peft_config: Any = None, **options: Any) -> TangentDPOTrainer:
+    def make(
+        name: str = "llava", model: Any = None, peft_config: Any = None, collator: Any = None, **options: Any
+    ) -> TangentDPOTrainer:
         arguments = {
             "output_dir": str(tmp_path / "run"),
             "per_device_train_batch_size": 2,
@@ -46,16 +48,24 @@ def vlm_trainer(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[
             model=build_vlm(name) if model is None else model,
             args=TangentDPOConfig(**{**arguments, **options}),
             train_dataset=Dataset.from_list(vision_pairs()),
+            eval_dataset=Dataset.from_list(vision_pairs(2)),
             processing_class=processor(name, tokenizer),
+            data_collator=collator,
             peft_config=peft_config,
         )
 
     return make
 
 
-@pytest.mark.parametrize("options", [{}, {"ld_alpha": 0.5}, {"loss_type": ["sigmoid", "sft"]}], ids=str)
-@pytest.mark.parametrize("form", ["dense", "shared"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    ("name", "form", "options"),
+    [
+        ("llava", "dense", {}),
+        ("llava", "shared", {"ld_alpha": 0.5}),
+        ("llava", "trained", {"loss_type": ["sigmoid", "sft"]}),
+        ("gemma3", "shared", {}),
+    ],
+)
 def test_loss_equals_two_forwards(
     name: str, form: str, options: dict[str, Any], vlm_trainer: Callable[..., Any]
 ) -> None:
@@ -70,16 +80,27 @@ def test_loss_equals_two_forwards(
         assert_equal(gradient, expected[name], 5e-5)
 
 
-@pytest.mark.parametrize("gradient", GRADIENTS)
-@pytest.mark.parametrize("name", FAMILIES)
+def qwen_pair(examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """As TRL's collator with Qwen's processor, which needs torchvision: patches, their grid, kinds of tokens."""
+    batch = vision_batch("qwen2_5_vl")
+    completion = torch.arange(batch["input_ids"].shape[1]) >= 9
+    return {**batch, "completion_mask": completion * batch["attention_mask"]}
+
+
+@pytest.mark.parametrize(
+    ("name", "gradient"),
+    [*(("llava", gradient) for gradient in GRADIENTS), ("gemma3", "checkpoint"), ("qwen", "replay")],
+)
 def test_loss_equals_plain_logits(name: str, gradient: str, vlm_trainer: Callable[..., Any]) -> None:
     """Nothing of TRL's but the batch: log-probs from the logits of the linearized and of the base model."""
-    mode, checkpointing = GRADIENTS[gradient]
-    trainer = vlm_trainer(name, peft_config=config("dense", gradient=mode), **checkpointing)
+    mode, options = GRADIENTS[gradient]
+    if name == "qwen":
+        options = {**options, "model": build_vlm("qwen2_5_vl"), "collator": qwen_pair}
+    trainer = vlm_trainer("gemma3" if name == "gemma3" else "llava", peft_config=config(gradient=mode), **options)
     loss, gradients = loss_and_gradients(trainer, trainer.compute_loss)
     batch = first_batch_of(trainer)
-    assert ((batch["input_ids"] == IMAGE).sum(1) == PATCHES).all() and len(batch["pixel_values"]) == 4
-    assert ("token_type_ids" in batch) == (name == "gemma3")
+    assert ((batch["input_ids"] == IMAGE).sum(1) == PATCHES).all() and len(batch["pixel_values"]) >= 4
+    assert ("token_type_ids" in batch) == (name == "gemma3") and ("mm_token_type_ids" in batch) == (name == "qwen")
     mask = batch.pop("completion_mask")[:, 1:].bool()
     trainer.model.zero_grad()
 
@@ -101,12 +122,20 @@ def test_loss_equals_plain_logits(name: str, gradient: str, vlm_trainer: Callabl
 @pytest.mark.parametrize("name", FAMILIES)
 def test_training_saves_and_loads(name: str, vlm_trainer: Callable[..., Any], tmp_path: Path) -> None:
     """A few steps lower the loss with the adjoint identity checked at each, and the axis comes back from disk."""
-    options = {"max_steps": 4, "learning_rate": 1e-2, "adjoint_check_steps": 1, "axis": "color"}
+    options = {"max_steps": 4, "learning_rate": 1e-2, "axis": "color"}
+    options |= {
+        "adjoint_check_steps": 1,
+        "linearity_gap_steps": 2,
+        "max_kl": 1e3,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+    }
     trainer = vlm_trainer(name, peft_config=TangentConfig(num_layers=2, task_type="CAUSAL_LM", r=4), **options)
     trainer.train()
     losses = list(logged(trainer, "loss").values())
     assert losses[0] == pytest.approx(0.6931, abs=1e-3) and losses[-1] < losses[0]
-    assert max(logged(trainer, "adjoint_error").values()) <= 1e-4
+    assert max(logged(trainer, "adjoint_error/color").values()) <= 1e-4
+    assert logged(trainer, "eval_loss") and logged(trainer, "kl/color")[4] > 0
     names = {name for name, moved in tangents(trainer).items() if moved.any()}
     assert names and all("vision" not in name and ".color." in name for name in names)
     trainer.save_model(str(tmp_path / "saved"))
@@ -118,6 +147,17 @@ def test_training_saves_and_loads(name: str, vlm_trainer: Callable[..., Any], tm
         with loaded.disable_adapter():
             assert relative_error(found, loaded(**batch).logits) > 1e-3
     assert_equal(found, expected)
+
+
+def test_the_linearity_gap_sees_the_images(vlm_trainer: Callable[..., Any]) -> None:
+    """It is measured on the batch that trains, images included."""
+    trainer = vlm_trainer(peft_config=config("dense", num_layers=1), linearity_gap_steps=1, max_steps=2)
+    seen = []
+    tower = trainer.model.get_base_model().model.vision_tower
+    tower.register_forward_hook(lambda module, args, output: seen.append(module.training))
+    trainer.train()
+    assert seen[-4:] == [False] * 3 + [True]  # three forwards of the gap, one of the step
+    assert logged(trainer, "linearity_gap/default")[2] > 0
 
 
 def test_a_second_axis_trains_beside_the_first(vlm_trainer: Callable[..., Any]) -> None:
@@ -140,8 +180,7 @@ def test_a_second_axis_trains_beside_the_first(vlm_trainer: Callable[..., Any]) 
 def test_options_that_images_exclude_are_refused(vlm_trainer: Callable[..., Any], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="precompute_ref_log_probs"):
         vlm_trainer(peft_config=config("dense"), precompute_ref_log_probs=True)
-    with pytest.raises(ValueError, match="keep_end"):
+    with pytest.raises(ValueError, match="keep_end"), pytest.warns(FutureWarning, match="keep_end"):
         vlm_trainer(peft_config=config("dense"), truncation_mode="keep_end", max_length=64)
-    trainer = vlm_trainer(peft_config=config("dense", num_layers=1), trunk_cache=str(tmp_path / "trunk"))
-    with pytest.raises(ValueError, match=r"pixel_values.*trunk cache"):
-        trainer.train()
+    with pytest.raises(ValueError, match=r"trunk_cache=.*images"):
+        vlm_trainer(peft_config=config("dense", num_layers=1), trunk_cache=str(tmp_path / "trunk"))
