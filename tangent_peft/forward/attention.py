@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -30,8 +29,8 @@ _PAGED = (
     "itself and would lose the tangents. Use `model.generate`, or merge the mix first (`model.linearized(False)`)."
 )
 _FLEX = (
-    "Attention implementation {!r} has no derivative: its masks are programs that only its own kernel can read. Load the "
-    "model with attn_implementation='sdpa' (or 'eager')."
+    "Attention implementation {!r} has no derivative: its masks are programs that only its own kernel can read. Load "
+    "the model with attn_implementation='sdpa' (or 'eager')."
 )
 _OWN_KERNEL = (
     "Attention implementation {!r} of a model with attention classes of its own: it calls the kernel by itself, which "

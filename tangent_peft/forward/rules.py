@@ -50,7 +50,7 @@ def derive_functions(opened: LinearizedPass) -> None:
             namespace[name] = rule
 
 
-# ---- optional kernel packages ------------------------------------------------------------------------------------------
+# ---- optional kernel packages ----------------------------------------------------------------------------------------
 
 #: Functions that transformers takes from mamba-ssm, causal-conv1d and flash-linear-attention if these are installed.
 #: Their kernels have no derivative, and some that change states in place would lose the tangent without a word.

@@ -53,9 +53,9 @@ def _attention(
         )
     if query.ndim != 4 or carries_tangent(attn_mask):
         raise NotImplementedError(
-            f"scaled_dot_product_attention got a query of shape {tuple(query.shape)}"
-            f"{' and a mask that carries a tangent' if carries_tangent(attn_mask) else ''}; its derivative is "
-            "implemented for (B, H, T, E) and a fixed mask. Load the model with attn_implementation='eager'."
+            f"scaled_dot_product_attention got a query of shape {tuple(query.shape)} and a mask that "
+            f"{'carries a' if carries_tangent(attn_mask) else 'has no'} tangent; its derivative is implemented for "
+            "(B, H, T, E) and a fixed mask. Load the model with attn_implementation='eager'."
         )
     (q, dq), (k, dk), (v, dv) = split(query), split(key), split(value)
     options: dict[str, Any] = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
