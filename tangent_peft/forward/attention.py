@@ -29,8 +29,8 @@ _PAGED = (
     "itself and would lose the tangents. Use `model.generate`, or merge the mix first (`model.linearized(False)`)."
 )
 _FLEX = (
-    "Attention implementation {!r} has no derivative: its masks are programs that only its own kernel can read. Load the "
-    "model with attn_implementation='sdpa' (or 'eager')."
+    "Attention implementation {!r} has no derivative: its masks are programs that only its own kernel can read. Load "
+    "the model with attn_implementation='sdpa' (or 'eager')."
 )
 _OWN_KERNEL = (
     "Attention implementation {!r} of a model with attention classes of its own: it calls the kernel by itself, which "

@@ -225,7 +225,8 @@ def _wrap_indexer_update(original: Any) -> Any:
     def update(self: Cache, states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if current_pass() is not None and carries_tangent(states):
             raise NotImplementedError(
-                f"{original.__name__}: what this cache keeps would lose its tangents between decoding steps. Generate with `use_cache=False`, or merge the mix first (`model.linearized(False)`)."
+                f"{original.__name__}: what this cache keeps would lose its tangents between decoding steps. Generate "
+                "with `use_cache=False`, or merge the mix first (`model.linearized(False)`)."
             )
         return original(self, states, *args, **kwargs)
 

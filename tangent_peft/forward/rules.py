@@ -32,8 +32,9 @@ from tangent_peft.forward.level import LinearizedPass, dual, map_tensors, split
 
 def bloom_gelu(x: Tensor) -> Tensor:
     """BLOOM's GELU (tanh form), differentiated by the host's own formula: ẏ = gelu'(x) ẋ."""
-    from transformers.models.bloom import modeling_bloom as host
+    from transformers.models.bloom import modeling_bloom
 
+    host: Any = modeling_bloom  # whose annotations do not say that the derivative takes a tuple
     primal, tangent = split(x)
     y = host.bloom_gelu_forward(primal)
     return y if tangent is None else dual(y, host.bloom_gelu_back(tangent, (primal,)))
@@ -60,7 +61,7 @@ def derive_functions(opened: LinearizedPass) -> None:
             namespace[name] = rule
 
 
-# ---- optional kernel packages ------------------------------------------------------------------------------------------
+# ---- optional kernel packages ----------------------------------------------------------------------------------------
 
 #: Functions that transformers takes from mamba-ssm, causal-conv1d and flash-linear-attention if these are installed.
 #: Their kernels have no derivative, and some that change states in place would lose the tangent without a word.

@@ -41,25 +41,24 @@ def _attention(
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
+    **options: Any,
 ) -> Tensor:
     """Dual attention (B, H, T, E) in the signature of `F.scaled_dot_product_attention`; K divides H."""
+    scale: float | None = options.get("scale")
     if dropout_p > 0:
         raise ValueError(
-            f"Attention dropout {dropout_p} in a linearized forward: the kernel does not tell which weights it dropped, "
-            "so value and derivative would disagree. Set the attention dropout of the config to 0 or call "
+            f"Attention dropout {dropout_p} in a linearized forward: the kernel does not tell which weights it "
+            "dropped, so value and derivative would disagree. Set the attention dropout of the config to 0 or call "
             "`model.eval()`."
         )
     if query.ndim != 4 or carries_tangent(attn_mask):
         raise NotImplementedError(
-            f"scaled_dot_product_attention got a query of shape {tuple(query.shape)}"
-            f"{' and a mask that carries a tangent' if carries_tangent(attn_mask) else ''}; its derivative is "
-            "implemented for (B, H, T, E) and a fixed mask. Load the model with attn_implementation='eager'."
+            f"scaled_dot_product_attention got a query of shape {tuple(query.shape)} and a mask that "
+            f"{'carries a' if carries_tangent(attn_mask) else 'has no'} tangent; its derivative is implemented for "
+            "(B, H, T, E) and a fixed mask. Load the model with attn_implementation='eager'."
         )
     (q, dq), (k, dk), (v, dv) = split(query), split(key), split(value)
-    options: dict[str, Any] = {"is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask, **options)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask, is_causal=is_causal, **options)
     mask = None if attn_mask is None else attn_mask.view(*(1,) * (4 - attn_mask.ndim), *attn_mask.shape)
     shape = AttentionShape(scale=q.shape[-1] ** -0.5 if scale is None else scale, causal=is_causal)
     return dual(out, attention_tangent((q, k, v, out), (dq, dk, dv), mask, None, shape))

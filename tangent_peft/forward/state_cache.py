@@ -1,7 +1,7 @@
 """Convolutional and recurrent states in a cache (Mamba, gated delta rule, LFM2) that keep their tangents between steps.
 
-A model reads such a state, changes it in place and writes it back, all inside one forward. So for the time of a pass the
-cache holds dual states, and between two passes ordinary tensors, packed along dimension 1 as keys and values are:
+A model reads such a state, changes it in place and writes it back, all inside one forward. So for the time of a pass
+the cache holds dual states, and between two passes ordinary tensors, packed along dimension 1 as keys and values are:
 
     [state ; dstate]  --first read in a pass-->  dual(state, dstate)  --the pass closes-->  [state ; dstate]
 

@@ -39,13 +39,14 @@ WEIGHTS = "train ordinary weights with `TangentConfig(linearize=False)`"
 REFUSED = {
     ("transformers.models.recurrent_gemma.modeling_recurrent_gemma", "RecurrentGemmaRglru"): Refusal(
         "recurrent_gemma",
-        "it keeps its recurrent states in the module from one call to the next, where their tangents end, and clips the "
-        "gradient of its square root, which is then not the derivative",
+        "it keeps its recurrent states in the module from one call to the next, where their tangents end, and clips "
+        "the gradient of its square root, which is then not the derivative",
         WEIGHTS,
     ),
     ("transformers.models.phimoe.modeling_phimoe", "PhimoeTopKRouter"): Refusal(
         "phimoe",
-        "its router (sparsemixer) replaces the derivative of its weights by an estimate and draws at random in training",
+        "its router (sparsemixer) replaces the derivative of its weights by an estimate and draws at random in "
+        "training",
         WEIGHTS,
     ),
     ("transformers.models.reformer.modeling_reformer", "ReformerEncoder"): Refusal(
@@ -69,7 +70,8 @@ REFUSED_IF: dict[tuple[str, str], tuple[Callable[[Any], bool], Refusal]] = {
         lambda config: config._attn_implementation != "eager",
         Refusal(
             "doge with fused attention",
-            "its attention mask is computed from the hidden states and carries a tangent, which fused kernels do not take",
+            "its attention mask is computed from the hidden states and carries a tangent, which fused kernels do not "
+            "take",
             "load it with attn_implementation='eager'",
         ),
     ),
