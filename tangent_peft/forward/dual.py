@@ -215,6 +215,11 @@ def _check_randomness(running: LinearizedPass) -> None:
 
 def _leave_root(running: LinearizedPass, output: Any) -> Any:
     """Joins whatever is still dual; a loss must not be, it was then computed on something still being linearized."""
+    if isinstance(output, dict) and carries_tangent(output.get("aux_loss")):
+        raise NotImplementedError(
+            f"{type(running.root).__name__} computed its load-balancing loss (`aux_loss`) on dual router logits; that "
+            "is the linearized loss. Call it without `output_router_logits`: the router is frozen."
+        )
     loss = output.get("loss") if isinstance(output, dict) else None
     if carries_tangent(loss):
         raise NotImplementedError(

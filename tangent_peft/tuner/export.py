@@ -154,6 +154,7 @@ def export_lora(tuner: TangentModel, path: Path, weights: Mapping[str, float] | 
         pairs = {name: lora_factors(factors, rank) for name, factors in mixed.items()}
         error = _relative_error(mixed, pairs)
     _warn_of_tied_head(tuner, pairs)
+    state = lora_state(tangent_layers(tuner.model), pairs)
     ranks = {name: a.shape[-2] for name, (_, a) in pairs.items()}
     r = max(ranks.values())
     fused = {layer.layer_name for layer in tangent_layers(tuner.model) if isinstance(layer, TangentExperts)}
@@ -171,7 +172,6 @@ def export_lora(tuner: TangentModel, path: Path, weights: Mapping[str, float] | 
     )
     path.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(path))
-    state = lora_state(tangent_layers(tuner.model), pairs)
     save_file(state, path / "adapter_model.safetensors", metadata={"format": "pt"})
     return LoraExport(path, r, error)
 

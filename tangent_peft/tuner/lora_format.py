@@ -26,6 +26,9 @@ def lora_state(layers: Iterable[TangentLayer], pairs: Mapping[str, Factors]) -> 
     Args:
         layers: the wrapped layers.
         pairs: (B, A) by layer name, for those to be written.
+
+    Raises:
+        ValueError: for the fused weight of a single expert.
     """
     state = {}
     for layer in layers:
@@ -40,6 +43,11 @@ def _entries(layer: TangentLayer, b: Tensor, a: Tensor, pairs: Mapping[str, Fact
         return {f"{layer.layer_name}.lora_embedding_B": b, f"{layer.layer_name}.lora_embedding_A": a}
     if not isinstance(layer, TangentExperts):
         return {f"{layer.layer_name}.lora_B.weight": b, f"{layer.layer_name}.lora_A.weight": a}
+    if layer.leading == (1,):
+        raise ValueError(
+            f"{layer.layer_name!r} holds a single expert, which PEFT's LoRA takes for an ordinary layer and merges in "
+            "another layout. Use `export_merged`."
+        )
     a = a.expand(*layer.leading, *a.shape[-2:])
     owner: nn.Module = layer.get_base_layer()
     if layer.transposed and "is_transposed" not in vars(owner):  # PEFT then takes the inputs for the outputs

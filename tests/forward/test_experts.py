@@ -121,6 +121,11 @@ def test_an_opaque_kernel_is_refused_by_name() -> None:
         logits(model, **batch())
 
 
+def test_a_load_balancing_loss_is_refused() -> None:
+    with pytest.raises(NotImplementedError, match=r"aux_loss.*without `output_router_logits`"):
+        wrapped("mixtral")(**batch(), output_router_logits=True)
+
+
 @pytest.mark.parametrize("product", [torch._grouped_mm, torch.ops.transformers.grouped_mm_fallback], ids=["torch", "own"])
 @pytest.mark.parametrize("transposed", [True, False])
 def test_grouped_product_equals_the_loop(product: Any, transposed: bool) -> None:

@@ -17,6 +17,7 @@ from tolerances import assert_equal
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedModel
 
+from tangent_peft.forward.deposit import replaying
 from tangent_peft.forward.trunk import Trunk
 from tangent_peft.tuner import TangentEmbedding, axis_norm, linearity_gap
 
@@ -125,6 +126,24 @@ def test_a_tangent_on_the_embedding_stays_out_of_the_tied_head() -> None:
         base = logits(both, **INPUTS)
     effects = [(logits(model, **INPUTS) - base)[REAL] for model in (both, embedding, head)]
     assert_equal(effects[0], effects[1] + effects[2])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_inside_of_a_replayed_block(form: str) -> None:
+    """Where its input, token ids, has no gradient."""
+    model = model_of("gemma3", form)
+    embedding, ids = embedding_of(model), INPUTS["input_ids"]
+    cotangent = torch.randn(*ids.shape, 32)
+    with replaying() as collected:
+        y = embedding(ids)
+        y.backward(cotangent)
+    assert torch.equal(y, embedding.base_layer(ids))
+    expected = embedding._looked_up(ids, embedding.carried_axes())
+    trained = embedding.tangent_parameters()
+    gradients = torch.autograd.grad(expected, trained, cotangent)
+    assert len(collected.gradients) == len(trained)
+    for parameter, gradient_of in zip(trained, gradients, strict=True):
+        assert_equal(collected.gradients[parameter], gradient_of)
 
 
 def test_half_precision_and_the_primal_bit_for_bit() -> None:

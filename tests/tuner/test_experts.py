@@ -124,6 +124,22 @@ def test_half_precision() -> None:
         assert_equal(logits(model, **INPUTS)[REAL].float(), expected[REAL], 5e-2)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_the_formed_weights_are_not_kept_for_backward(form: str) -> None:
+    model = model_of(form=form)
+    known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: list[Tensor] = []
+
+    def keep(x: Tensor) -> Tensor:
+        kept.append(x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        model(**INPUTS)
+    largest = max(x.numel() for x in kept if x.untyped_storage().data_ptr() not in known)
+    assert largest < min(layer.get_base_weight().numel() for layer in tangent_layers(model))
+
+
 def test_cached_generation_equals_uncached() -> None:
     model = model_of("qwen3_moe")
     options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -302,6 +318,13 @@ def test_lora_of_another_rank_reports_its_error(form: str, rank: int, tmp_path: 
     total = sum(float(delta.double().square().sum()) for delta in exact.values())
     assert export.relative_error == pytest.approx((missed / total) ** 0.5, abs=1e-5)
     assert (export.relative_error < 1e-5) == (rank == 32)
+
+
+def test_no_lora_of_a_single_expert(tmp_path: Path) -> None:
+    base = build_moe("mixtral", num_local_experts=1, num_experts_per_tok=1)
+    model = get_peft_model(base, experts_config("shared"))
+    with pytest.raises(ValueError, match=r"a single expert.*export_merged"):
+        model.export_lora(tmp_path)
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------
