@@ -120,3 +120,13 @@ def dequantized(model: PreTrainedModel) -> PreTrainedModel:
     known = twin.state_dict().keys()
     twin.load_state_dict({**{n: p for n, p in rest.items() if n in known}, **weights})
     return twin
+
+
+def with_quantized_head(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with its head in 4 bits as well, which transformers leaves out."""
+    import bitsandbytes as bnb
+
+    head = bnb.nn.Linear4bit(model.lm_head.in_features, VOCABULARY, bias=False, quant_type="nf4")
+    head.weight = bnb.nn.Params4bit(model.lm_head.weight.data, requires_grad=False, quant_type="nf4").to("cpu")
+    model.lm_head = head
+    return model
