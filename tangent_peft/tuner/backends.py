@@ -13,7 +13,13 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import _get_in_out_features
 from peft.utils import get_quantization_kwargs, resolve_quantization_backend
-from peft.utils.quantization_utils import Bnb4bitBackend, Bnb8bitBackend, HqqBackend, QuantizationBackend, TorchaoBackend
+from peft.utils.quantization_utils import (
+    Bnb4bitBackend,
+    Bnb8bitBackend,
+    HqqBackend,
+    QuantizationBackend,
+    TorchaoBackend,
+)
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D

@@ -14,9 +14,7 @@ from tangent_peft.tuner.linear import TangentConv1D, TangentLinear
 from tangent_peft.tuner.quantized import TangentQuantized
 
 
-def wrap_layer(
-    base_layer: nn.Module, layer_name: str, requantize: Callable[[], Any] | None = None
-) -> TangentLayer:
+def wrap_layer(base_layer: nn.Module, layer_name: str, requantize: Callable[[], Any] | None = None) -> TangentLayer:
     """The tangent layer for a base layer; `requantize` is how a torchao layer is packed again after merging.
 
     Raises:

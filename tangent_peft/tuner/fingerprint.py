@@ -46,7 +46,9 @@ def base_weights(model: nn.Module) -> tuple[dict[str, Read], str] | None:
     schemes = set()
     for name, module, backend in quantized_layers(model):
         read = reader(module, backend)
-        if read is None or any(p.is_meta or p.numel() < ENTRIES for p in module.parameters(recurse=False) if p.ndim > 1):
+        if read is None or any(
+            p.is_meta or p.numel() < ENTRIES for p in module.parameters(recurse=False) if p.ndim > 1
+        ):
             return None
         packed[name] = partial(read, module)
         schemes.add(scheme(module, backend))

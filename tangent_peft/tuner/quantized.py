@@ -41,7 +41,8 @@ class TangentQuantized(TangentLayer):
     ) -> tuple[Tensor, Tensor | None]:
         if tangent is None or isinstance(self.quantization_backend, (Bnb4bitBackend, HqqBackend)):
             return super()._apply_base(primal, tangent, *args, **kwargs)
-        return self.base_layer(primal, *args, **kwargs), self._linear_part(tangent)  # kernels that may round their input
+        # This kernel may round its input: the tangent has another way.
+        return self.base_layer(primal, *args, **kwargs), self._linear_part(tangent)
 
     def _linear_part(self, x: Tensor) -> Tensor:
         return self.opaque.linear_part(x)

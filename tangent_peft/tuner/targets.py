@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, check_target_module_exists
 from torch import nn
@@ -59,9 +60,8 @@ def _longest_list(model: nn.Module, prefix: str, layers_pattern: list[str] | str
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a tangent can be carried there: a linear layer, wrapped or not, quantized or not."""
-    if isinstance(module, BaseTunerLayer):
-        return is_linear(module.base_layer)
-    return isinstance(module, LINEAR) or quantization_backend(module) is not None
+    base: Any = module.base_layer if isinstance(module, BaseTunerLayer) else module
+    return isinstance(base, LINEAR) or quantization_backend(base) is not None
 
 
 def block_index(key: str, blocks: tuple[str, int] | None) -> int | None:
