@@ -1,4 +1,4 @@
-"""What a quantized base saves, and what it costs in exactness: memory of a training step, error of the linearized logits.
+"""What a quantized base saves, and what it costs in exactness: memory of a step, error of the linearized logits.
 
 Three processes, one after the other, run the same axis (rank 16, the last 16 blocks) on the same tokens:
 
@@ -45,7 +45,7 @@ VARIANTS = ("float32", "nf4", "twin")
 
 
 def save_base(folder: Path, tiny: bool) -> None:
-    """SmolLM2-135M, or a random Llama of 4 blocks, with a head of its own so that every variant has the same weights."""
+    """SmolLM2-135M, or a random Llama of 4 blocks; the head is untied, so that every variant has the same weights."""
     if tiny:
         model: PreTrainedModel = LlamaForCausalLM(
             LlamaConfig(

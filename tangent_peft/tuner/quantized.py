@@ -114,9 +114,9 @@ def check_mergeable(layers: Iterable[TangentLayer]) -> None:
 
 
 _NOT_AGAIN = (
-    "Layer {!r} is quantized by {}, and its weight can not be quantized again after merging. Load the base in bfloat16, "
-    "load the axis there and merge or export it (`export_merged`); or run the axis unmerged; or export it as a LoRA, "
-    "which needs no merging (`export_lora`)."
+    "Layer {!r} is quantized by {}, and its weight can not be quantized again after merging. Load the base in "
+    "bfloat16, load the axis there and merge or export it (`export_merged`); or run the axis unmerged; or export it as "
+    "a LoRA, which needs no merging (`export_lora`)."
 )
 
 
