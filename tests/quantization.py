@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from conftest import VOCABULARY, enlarge
 from peft.utils import resolve_quantization_backend
@@ -87,6 +88,7 @@ def quantized(path: Path, scheme: str, family: str = "llama", dtype: torch.dtype
 
 def _by_hqq(model: PreTrainedModel) -> PreTrainedModel:
     """transformers 5.23 does not load HQQ yet: the layers are replaced by hand."""
+    pytest.importorskip("hqq")
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
     options = BaseQuantizeConfig(nbits=4, group_size=32)
