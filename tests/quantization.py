@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from conftest import VOCABULARY, enlarge
 from peft.utils import resolve_quantization_backend
@@ -87,6 +88,7 @@ def quantized(path: Path, scheme: str, family: str = "llama", dtype: torch.dtype
 
 def _by_hqq(model: PreTrainedModel) -> PreTrainedModel:
     """transformers 5.23 does not load HQQ yet: the layers are replaced by hand."""
+    pytest.importorskip("hqq")
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
     options = BaseQuantizeConfig(nbits=4, group_size=32)
@@ -120,3 +122,13 @@ def dequantized(model: PreTrainedModel) -> PreTrainedModel:
     known = twin.state_dict().keys()
     twin.load_state_dict({**{n: p for n, p in rest.items() if n in known}, **weights})
     return twin
+
+
+def with_quantized_head(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with its head in 4 bits as well, which transformers leaves out."""
+    import bitsandbytes as bnb
+
+    head = bnb.nn.Linear4bit(model.lm_head.in_features, VOCABULARY, bias=False, quant_type="nf4")
+    head.weight = bnb.nn.Params4bit(model.lm_head.weight.data, requires_grad=False, quant_type="nf4").to("cpu")
+    model.lm_head = head
+    return model

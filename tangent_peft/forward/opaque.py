@@ -135,8 +135,9 @@ class _Transposed(torch.autograd.Function):
 
 @contextmanager
 def without_bias(layer: nn.Module) -> Iterator[None]:
-    """The layer is linear instead of affine inside the `with` block."""
-    owner = next((store for store in (layer._parameters, layer._buffers, vars(layer)) if "bias" in store), None)
+    """The layer is linear instead of affine inside the `with` block, for every thread."""
+    stores: tuple[Any, ...] = (layer._parameters, layer._buffers, vars(layer))
+    owner = next((store for store in stores if "bias" in store), None)
     if owner is None or not isinstance(owner["bias"], Tensor):
         yield
         return

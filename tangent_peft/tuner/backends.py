@@ -101,8 +101,8 @@ def read_weight(module: nn.Module) -> Tensor:
     read = reader(module, backend)
     if read is None:
         raise TypeError(
-            f"A {type(module).__name__}, quantized by {backend.backend_name}, can not be dequantized, and its weight is "
-            "needed here: the head of the model is scored from it. Load the model with its head unquantized."
+            f"A {type(module).__name__}, quantized by {backend.backend_name}, can not be dequantized, and its weight "
+            "is needed here: the head of the model is scored from it. Load the model with its head unquantized."
         )
     return read(module).detach()
 
@@ -144,8 +144,8 @@ def scheme(module: nn.Module, backend: QuantizationBackend) -> str:
 def prepare_quantized(module: nn.Module, name: str, backend: QuantizationBackend) -> None:
     """Readies a layer for reading and training.
 
-    bitsandbytes packs a 4-bit layer anew when it first runs in eval mode on a CPU with AVX-512 for bfloat16. Its scales
-    are rounded by that, its kernel has no backward, and PEFT then reads nonsense. Such a layer is unpacked, and stays so.
+    bitsandbytes packs a 4-bit layer anew when it first runs in eval mode on a CPU with AVX-512 for bfloat16. That
+    rounds its scales, the kernel has no backward, and PEFT then reads nonsense. Such a layer is unpacked, and stays so.
 
     Raises:
         TypeError: for a layer of bitsandbytes whose weight is not quantized.
@@ -226,6 +226,6 @@ def refuse_unknown(module: nn.Module, name: str) -> None:
     if found is not None:
         raise TypeError(
             f"Module {name!r}, a {type(module).__name__}, holds packed numbers ({found}) and is of no known kind of "
-            f"quantized layer, so its derivative is not known. {SUPPORTED}. Load the model quantized by one of these, or "
-            "dequantize it (`model.dequantize()`)."
+            f"quantized layer, so its derivative is not known. {SUPPORTED}. Load the model quantized by one of these, "
+            "or dequantize it (`model.dequantize()`)."
         )

@@ -4,8 +4,8 @@ A tangent is a direction at one point θ₀; at another base of the same shape i
 The sample survives casting to half precision, so it is compared with a tolerance instead of hashed. It does not see a
 fine-tuning that moved the sampled weights by less than that.
 
-Quantized weights are sampled dequantized. An axis that was trained on a quantized base may be wanted on the same base in
-another precision (train on 4 bits, deploy in bfloat16): weights that differ by no more than a quantization does are
+Quantized weights are sampled dequantized. An axis that was trained on a quantized base may be wanted on the same base
+in another precision (train on 4 bits, deploy in bfloat16): weights that differ by no more than a quantization does are
 taken for the same base, with a warning. Layers that can not be dequantized leave no fingerprint, and no check.
 """
 

@@ -41,9 +41,8 @@ class TangentQuantized(TangentLayer):
     ) -> tuple[Tensor, Tensor | None]:
         if tangent is None or isinstance(self.quantization_backend, (Bnb4bitBackend, HqqBackend)):
             return super()._apply_base(primal, tangent, *args, **kwargs)
-        return self.base_layer(primal, *args, **kwargs), self._linear_part(
-            tangent
-        )  # kernels that may round their input
+        # This kernel may round its input: the tangent has another way.
+        return self.base_layer(primal, *args, **kwargs), self._linear_part(tangent)
 
     def _linear_part(self, x: Tensor) -> Tensor:
         return self.opaque.linear_part(x)
@@ -115,9 +114,9 @@ def check_mergeable(layers: Iterable[TangentLayer]) -> None:
 
 
 _NOT_AGAIN = (
-    "Layer {!r} is quantized by {}, and its weight can not be quantized again after merging. Load the base in bfloat16, "
-    "load the axis there and merge or export it (`export_merged`); or run the axis unmerged; or export it as a LoRA, "
-    "which needs no merging (`export_lora`)."
+    "Layer {!r} is quantized by {}, and its weight can not be quantized again after merging. Load the base in "
+    "bfloat16, load the axis there and merge or export it (`export_merged`); or run the axis unmerged; or export it as "
+    "a LoRA, which needs no merging (`export_lora`)."
 )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 from peft import TaskType
 from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, check_target_module_exists
@@ -67,10 +68,9 @@ def _longest_list(model: nn.Module, prefix: str, layers_pattern: list[str] | str
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a tangent can be carried there: a linear layer, wrapped or not, quantized or not."""
-    if isinstance(module, BaseTunerLayer):
-        return is_linear(module.base_layer)
-    plain = isinstance(module, LINEAR) and type(module).__name__ not in NOT_AFFINE
-    return plain or quantization_backend(module) is not None
+    base: Any = module.base_layer if isinstance(module, BaseTunerLayer) else module
+    plain = isinstance(base, LINEAR) and type(base).__name__ not in NOT_AFFINE
+    return plain or quantization_backend(base) is not None
 
 
 def block_index(key: str, blocks: tuple[str, int] | None) -> int | None:

@@ -74,7 +74,7 @@ def test_both_derivatives(readable: bool, bias: float) -> None:
 
 
 def test_a_kernel_without_a_forward_derivative_fails_by_itself() -> None:
-    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward mode AD|jvp"):
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match=r"forward mode AD|jvp"):
         PackedLinear()(forward_ad.make_dual(torch.randn(2, 16), torch.randn(2, 16)))
 
 

@@ -17,7 +17,7 @@ from cases import config, deltas, logits, tangent_layers
 from conftest import batch
 from oracle import gradient, linearized
 from peft import PeftModel, get_peft_model
-from quantization import SCHEMES, dequantized, plain, quantized
+from quantization import SCHEMES, dequantized, plain, quantized, with_quantized_head
 from tolerances import assert_equal, relative_error
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -143,10 +143,7 @@ def test_a_layer_that_ran_in_eval_mode_before_it_is_wrapped(path: Path, scheme: 
 
 
 def test_the_head_may_be_quantized(path: Path) -> None:
-    base = quantized(path, "nf4")
-    head = bnb.nn.Linear4bit(64, 300, bias=False, compress_statistics=False, quant_type="nf4")
-    head.weight = bnb.nn.Params4bit(base.lm_head.weight.data, requires_grad=False, quant_type="nf4").to("cpu")
-    base.lm_head = head
+    base = with_quantized_head(quantized(path, "nf4"))
     twin, inputs = dequantized(base), batch("right")
     real = inputs["attention_mask"].bool()
     model = wrapped(base, "dense")
@@ -368,5 +365,6 @@ def test_every_scheme_is_covered() -> None:
 
 def test_the_package_imports_no_quantization_library() -> None:
     """PEFT does, if they are installed; a user without them needs none."""
+    importing = re.compile(r"^\s*(import|from) (bitsandbytes|torchao|hqq)\b", re.MULTILINE)
     sources = Path(tangent_peft.__file__).parent.rglob("*.py")
-    assert not [p for p in sources if re.search(r"import (bitsandbytes|torchao|hqq)|from (bitsand|torchao|hqq)", p.read_text())]
+    assert not [path.name for path in sources if importing.search(path.read_text(encoding="utf-8"))]
