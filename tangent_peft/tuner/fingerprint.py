@@ -12,7 +12,9 @@ import base64
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from tangent_peft.forward import full_shape, gathered
 from tangent_peft.tuner.registration import PREFIX
 
 
@@ -26,18 +28,18 @@ def base_weights(model: nn.Module) -> dict[str, Tensor]:
     return {
         name.replace(".base_layer", "").replace(".original_module", ""): parameter
         for name, parameter in model.named_parameters()
-        if parameter.ndim >= 2 and f".{PREFIX}" not in name and ".modules_to_save." not in name
+        if len(full_shape(parameter)) >= 2 and f".{PREFIX}" not in name and ".modules_to_save." not in name
     }
 
 
 def fingerprint(model: nn.Module) -> str | None:
     """A sample of `TENSORS × ENTRIES` base weights, base64 of float16; `None` if they can not be read here.
 
-    They can not where they are quantized, on the meta device or sharded away.
+    They can not where they are quantized, on the meta device or split by FSDP. What ZeRO-3 has partitioned is gathered,
+    a matrix at a time and by all processes together.
     """
     weights = base_weights(model)
-    readable = all(w.is_floating_point() and not w.is_meta and w.numel() >= ENTRIES for w in weights.values())
-    if not weights or not readable:
+    if not weights or not all(_is_readable(weight) for weight in weights.values()):
         return None
     names = sorted(weights)
     chosen = [names[i] for i in np.unique(np.linspace(0, len(names) - 1, TENSORS).round().astype(int))]
@@ -45,8 +47,17 @@ def fingerprint(model: nn.Module) -> str | None:
     return base64.b64encode(torch.cat(sample).numpy().tobytes()).decode()
 
 
+def _is_readable(weight: Tensor) -> bool:
+    sizable = full_shape(weight).numel() >= ENTRIES
+    return weight.is_floating_point() and not weight.is_meta and not isinstance(weight, DTensor) and sizable
+
+
 def _entries(weight: Tensor) -> Tensor:
-    flat = weight.detach().reshape(-1)
+    with gathered([weight]):
+        return _sample(weight.detach().reshape(-1))
+
+
+def _sample(flat: Tensor) -> Tensor:
     index = torch.linspace(0, flat.numel() - 1, ENTRIES, dtype=torch.float64).round().long()
     return flat[index.to(flat.device)].to("cpu", torch.float16)
 

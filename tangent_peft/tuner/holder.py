@@ -97,6 +97,13 @@ class TangentHolder(TangentCarrier, BaseTunerLayer):
             if adapter_name in holder and not leaf_weight(holder, adapter_name).is_meta:
                 nn.init.normal_(leaf_weight(holder, adapter_name), std=0.02)
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Gives a weight set from outside to the base layer; `PreTrainedModel.tie_weights` sets the head's."""
+        if name == "weight":
+            self.get_base_layer().weight = param
+        else:
+            super().register_parameter(name, param)
+
     def trained_adapters(self) -> frozenset[str]:
         """The adapters that train at this layer, or will once it is enabled again."""
         if self.disable_adapters:
