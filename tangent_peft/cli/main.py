@@ -57,6 +57,9 @@ def _parser() -> argparse.ArgumentParser:
     quickstart.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     quickstart.set_defaults(run=_quickstart)
     add_plan(commands)
+    recipes = commands.add_parser("recipes", help="list the packaged recipes, or print the path of one")
+    recipes.add_argument("name", nargs="?", help="print the path of this one")
+    recipes.set_defaults(run=_recipes)
     # Named here for `--help` only: its options are TRL's, which `main` leaves to TRL's parser.
     commands.add_parser("train", help="train one axis from a YAML recipe and options, as TRL's `trl dpo` does")
     return parser
@@ -78,7 +81,24 @@ def _quickstart(options: argparse.Namespace) -> int:
     return 0
 
 
+def _recipes(options: argparse.Namespace) -> int:
+    from tangent_peft.cli.train_options import packaged_recipes
+
+    found = {kind: packaged_recipes(kind) for kind in ("train", "accelerate")}
+    if options.name is None:
+        lines = [f"{kind:12}{name:18}{path}" for kind, recipes in found.items() for name, path in recipes.items()]
+        sys.stdout.write("\n".join(lines) + "\n")
+        return 0
+    paths = {name: path for recipes in found.values() for name, path in recipes.items()}
+    if options.name not in paths:
+        raise ValueError(f"{options.name!r} is not the name of a packaged recipe; these are: {', '.join(paths)}.")
+    sys.stdout.write(f"{paths[options.name]}\n")
+    return 0
+
+
 def _train(arguments: Sequence[str]) -> int:
+    if any(word.split("=")[0] == "--accelerate_config" for word in arguments):
+        return _launch(arguments)
     try:
         from tangent_peft.cli.train import prepare_training
 
@@ -86,6 +106,16 @@ def _train(arguments: Sequence[str]) -> int:
     except EXPECTED as error:
         return _failed(error)
     training.run()  # what fails from here on is not a mistake in the options, and keeps its traceback
+    return 0
+
+
+def _launch(arguments: Sequence[str]) -> int:
+    from tangent_peft.cli.launch import launch_training
+
+    try:
+        launch_training(arguments)
+    except EXPECTED as error:
+        return _failed(error)
     return 0
 
 

@@ -158,6 +158,25 @@ def _check_sources(sources: Any) -> None:
             )
 
 
+OPTIONS: Any = (ScriptArguments, TangentDPOConfig, ModelArguments, DatasetMixtureConfig, AxisArguments)
+
+
+def train_parser() -> RecipeParser:
+    """The parser of everything that follows `tangent-peft train`, but for `--accelerate_config`."""
+    return RecipeParser(
+        OPTIONS,
+        prog="tangent-peft train",
+        usage="tangent-peft train [--config RECIPE] [--accelerate_config ENGINE] [--OPTION VALUE ...]",
+        description=(
+            "Trains one axis by TS-DPO. RECIPE is a YAML file whose keys are the options below, or the name of a "
+            f"packaged one ({', '.join(packaged_recipes())}); options on the command line win over it. ENGINE is a "
+            f"configuration of accelerate, or the name of a packaged one ({', '.join(packaged_recipes('accelerate'))}); "
+            "with it, options of `accelerate launch` may be given as well, such as `--num_processes 2`."
+        ),
+        allow_abbrev=False,
+    )
+
+
 def parse_train_options(arguments: Sequence[str]) -> TrainOptions:
     """Reads the recipe named by `--config`, if there is one, and the options that override it.
 
@@ -170,17 +189,7 @@ def parse_train_options(arguments: Sequence[str]) -> TrainOptions:
         SystemExit: after printing the options, for `--help`.
     """
     recipe, others = _split_off_recipe(arguments)
-    types: Any = (ScriptArguments, TangentDPOConfig, ModelArguments, DatasetMixtureConfig, AxisArguments)
-    parser = RecipeParser(
-        types,
-        prog="tangent-peft train",
-        usage="tangent-peft train [--config RECIPE] [--OPTION VALUE ...]",
-        description=(
-            "Trains one axis by TS-DPO. RECIPE is a YAML file whose keys are the options below, or the name of a "
-            f"packaged one ({', '.join(packaged_recipes())}); options on the command line win over it."
-        ),
-        allow_abbrev=False,
-    )
+    parser = train_parser()
     try:
         script, training, model, mixture, axis, from_recipe, from_line = parser.parse_args_and_config(
             [*(["--config", str(recipe)] if recipe else []), *others],
@@ -189,7 +198,7 @@ def parse_train_options(arguments: Sequence[str]) -> TrainOptions:
         )
     except yaml.YAMLError as error:
         raise ValueError(f"{recipe} is not YAML: {error}") from error
-    known = {f.name for kind in types for f in dataclasses.fields(kind) if f.init}
+    known = {f.name for kind in OPTIONS for f in dataclasses.fields(kind) if f.init}
     _refuse_unknown([*from_recipe[::2], *from_line], known)
     return TrainOptions(script, training, model, mixture, axis.tangent_config())
 
@@ -221,23 +230,24 @@ def _refuse_unknown(words: Iterable[str], known: set[str]) -> None:
 # ---- recipes ---------------------------------------------------------------------------------------------------------
 
 
-def packaged_recipes() -> dict[str, Path]:
-    """The recipes that come with the package, by name."""
-    folder = Path(str(resources.files("tangent_peft").joinpath("recipes", "train")))
+def packaged_recipes(kind: str = "train") -> dict[str, Path]:
+    """The recipes that come with the package, by name: of `train`, or accelerate's configurations, `accelerate`."""
+    folder = Path(str(resources.files("tangent_peft").joinpath("recipes", kind)))
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
-def find_recipe(name: str) -> Path:
+def find_recipe(name: str, kind: str = "train") -> Path:
     """The recipe file of that path, or the packaged recipe of that name.
 
     Raises:
         FileNotFoundError: if there is neither.
     """
-    packaged = packaged_recipes()
+    packaged = packaged_recipes(kind)
+    option = {"train": "--config", "accelerate": "--accelerate_config"}[kind]
     if Path(name).is_file():
         return Path(name)
     if name in packaged:
         return packaged[name]
     raise FileNotFoundError(
-        f"--config {name!r} is neither a file nor a packaged recipe; the packaged ones are {', '.join(packaged)}."
+        f"{option} {name!r} is neither a file nor a packaged recipe; the packaged ones are {', '.join(packaged)}."
     )

@@ -22,9 +22,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tangent_peft.forward.level import LinearizedPass, dual, map_tensors, split
+from tangent_peft.forward.sharding import fsdp_modules
 
 
 # ---- Functions of transformers' models -------------------------------------------------------------------------------
@@ -105,7 +106,7 @@ def carry_through_engines(opened: LinearizedPass) -> None:
                     _give_identity_jvp(vars(module)[name])
         linear: Any = vars(sys.modules["deepspeed.runtime.zero.linear"])["LinearFunctionForZeroStage3"]
         _give_linear_jvp(linear)
-    for module in _fsdp_modules(opened.root):
+    for module in fsdp_modules(opened.root):
         opened.contexts.callback(module.register_forward_hook(_hook_tangents).remove)
 
 
@@ -139,14 +140,6 @@ def _give_linear_jvp(function: Any) -> None:
         return function.apply(tangent, weight)
 
     function.setup_context, function.jvp = staticmethod(setup_context), staticmethod(jvp)
-
-
-def _fsdp_modules(root: nn.Module) -> list[nn.Module]:
-    """The modules that FSDP2 shards as a unit; none as long as nobody has imported it."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None:
-        return []
-    return [module for module in root.modules() if isinstance(module, vars(fsdp)["FSDPModule"])]
 
 
 def _hook_tangents(module: Any, args: Any, output: Any) -> None:

@@ -6,9 +6,12 @@ of the module that holds it. Code that reads a weight without calling its module
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -16,6 +19,46 @@ from torch.distributed.tensor import DTensor
 def is_sharded(parameter: Tensor) -> bool:
     """Whether an engine keeps only a piece of this parameter here, gathered or not at this moment."""
     return isinstance(parameter, DTensor) or "ds_id" in vars(parameter)
+
+
+def full_shape(parameter: Tensor) -> torch.Size:
+    """The shape of the whole parameter."""
+    return vars(parameter).get("ds_shape", parameter.shape)
+
+
+@contextmanager
+def gathered(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Makes parameters that ZeRO-3 partitions whole in the `with` block, which all processes must enter together."""
+    absent = [p for p in parameters if "ds_status" in vars(p) and vars(p)["ds_status"].name == "NOT_AVAILABLE"]
+    if not absent:
+        yield
+        return
+    with vars(sys.modules["deepspeed.runtime.zero"])["GatheredParameters"](absent):
+        yield
+
+
+def whole(x: Tensor) -> Tensor:
+    """A `DTensor` in full, gathered from all processes, which must call this together; another tensor itself."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def fsdp_modules(root: nn.Module) -> list[Any]:
+    """The modules that FSDP2 shards as units; none as long as nobody has imported it."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return []
+    return [module for module in root.modules() if isinstance(module, vars(fsdp)["FSDPModule"])]
+
+
+def leaf_that_gets_gradients(root: nn.Module) -> Callable[[nn.Parameter], nn.Parameter]:
+    """From a parameter of `root` to the one that autograd gives its gradient to, an FSDP2 unit's unsharded parameter.
+
+    Valid once the model has run a forward pass.
+    """
+    units = [module._get_fsdp_state() for module in fsdp_modules(root)]
+    known = [p for unit in units for group in unit._fsdp_param_groups for p in group.fsdp_params]
+    unsharded = {p.sharded_param: p._unsharded_param for p in known}
+    return lambda parameter: unsharded.get(parameter, parameter)
 
 
 def call_within(modules: Iterable[nn.Module], function: Callable[..., Any], *args: Any) -> Any:

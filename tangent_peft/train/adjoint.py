@@ -17,6 +17,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from tangent_peft.forward import leaf_that_gets_gradients
+
 
 # Relative to Σ_l |⟨τ_l, ∂L/∂τ_l⟩| over the wrapped layers l; transformers computes norms in float32 in any model.
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.05}
@@ -33,7 +35,8 @@ class AdjointCheck:
 
     def __init__(self, model: PeftModel, axis: str, dtype: torch.dtype) -> None:
         named = model.named_parameters()
-        self.linear = [p for name, p in named if f".{axis}." in name and p.requires_grad and ".tangent_A." not in name]
+        linear = [p for name, p in named if f".{axis}." in name and p.requires_grad and ".tangent_A." not in name]
+        self.linear = list(map(leaf_that_gets_gradients(model), linear))
         self.probe = torch.ones((), device=self.linear[0].device, requires_grad=True)
         self.dtype = dtype
         self.products: dict[Tensor, Tensor] = {}  # ⟨τ_l, ∂L/∂τ_l⟩ of the last backward pass

@@ -40,6 +40,7 @@ from tangent_peft.forward import LinearizedForward
 from tangent_peft.forward.head import Linearized
 from tangent_peft.train.budget import BudgetCallback
 from tangent_peft.train.config import TangentDPOConfig
+from tangent_peft.train.engines import prepare_engine
 from tangent_peft.train.finite import check_finite
 from tangent_peft.train.head import install_linearized_head
 from tangent_peft.train.policy import Wrap, choose_policy, primal_moves, refuse_contradictions, refuse_images
@@ -143,6 +144,7 @@ class TangentDPOTrainer(DPOTrainer):
             )
         refuse_images(self._is_vision_dataset, args)
         wrapped: Any = self.model  # a PeftModel by now
+        prepare_engine(self.accelerator, wrapped, wrapped.peft_config[self.axis], args)
         install_linearized_head(wrapped.get_base_model())
         self.watch = Watch(self, self.axis, args)
         limits = {"KL to the base": (self.watch.step_kl, args.max_kl), "norm": (self.watch.norm, args.max_norm)}
@@ -228,10 +230,13 @@ class TangentDPOTrainer(DPOTrainer):
             write_usage_note(Path(self.args.output_dir or "."), folder)
 
     def _load_best_model(self) -> None:
-        """As the host's, which looks for the adapter in the checkpoint itself, where only "default" lies."""
-        axis = self.axis
+        """As the host's, which looks for the adapter in the checkpoint itself, where only "default" lies.
+
+        Engines that shard have checkpoints of their own, which hold the axis by its parameters' names.
+        """
+        axis, sharded = self.axis, self.is_deepspeed_enabled or self.is_fsdp_enabled
         folder = Path(self.state.best_model_checkpoint or "") / axis
-        if not folder.is_dir():
+        if sharded or not folder.is_dir():
             super()._load_best_model()
             return
         model: Any = self.accelerator.unwrap_model(self.model)

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
-from torch import nn
+from torch import Tensor, nn
 
+from tangent_peft.forward import gathered, whole
 from tangent_peft.tuner.config import TangentConfig
 from tangent_peft.tuner.experts import TangentExperts
 from tangent_peft.tuner.layer import TangentLayer
@@ -40,9 +41,15 @@ def tangent_layers(model: nn.Module) -> Iterator[TangentLayer]:
 
 @torch.no_grad()
 def axis_norm(model: nn.Module, axis: str) -> float:
-    """‖τ‖: the Frobenius norm of an axis's ΔW over all wrapped layers, at λ = 1."""
-    squares = [layer.factors(axis, 1.0).square_norm() for layer in tangent_layers(model) if axis in layer.tangent_r]
+    """‖τ‖: the Frobenius norm of an axis's ΔW over all wrapped layers, at λ = 1; all processes of a sharded model."""
+    squares = [_square_norm(layer, axis) for layer in tangent_layers(model) if axis in layer.tangent_r]
     return math.sqrt(sum(float(square) for square in squares))
+
+
+def _square_norm(layer: TangentLayer, axis: str) -> Tensor:
+    with gathered(parameter for leaf in layer.leaves(axis) for parameter in leaf.parameters()):
+        factors = {name: None if x is None else whole(x) for name, x in vars(layer.factors(axis, 1.0)).items()}
+        return TangentFactors(**factors).square_norm()
 
 
 def check_weights(tuner: TangentModel, weights: Mapping[str, float]) -> dict[str, float]:

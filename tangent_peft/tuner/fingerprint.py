@@ -20,7 +20,9 @@ from typing import TypeAlias
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from tangent_peft.forward import full_shape, gathered
 from tangent_peft.tuner.backends import quantized_layers, reader, scheme
 from tangent_peft.tuner.registration import PREFIX
 
@@ -33,16 +35,17 @@ OTHER_SCHEME = 0.5  # 4 bits are off by 0.1, 2 bits by up to 0.4; an unrelated b
 FULL_PRECISION = "full precision"
 
 
-Read: TypeAlias = Callable[[], Tensor]
+Sample: TypeAlias = Callable[[], Tensor]
 
 
-def base_weights(model: nn.Module) -> tuple[dict[str, Read], str] | None:
-    """How to read the base model's matrices, by their names before any wrapping, and how they are quantized.
+def base_weights(model: nn.Module) -> tuple[dict[str, Sample], str] | None:
+    """How to sample the base model's matrices, by their names before any wrapping, and how they are quantized.
 
-    Adapters and saved copies are left out; a quantized matrix is dequantized when it is read. `None` if they can not be
-    read here: where they can not be dequantized, are on the meta device or sharded away.
+    Adapters and saved copies are left out. A quantized matrix is dequantized when it is sampled; what ZeRO-3 has
+    partitioned is gathered, a matrix at a time and by all processes together. `None` if they can not be read here:
+    where they can not be dequantized, are on the meta device or split by FSDP.
     """
-    packed: dict[str, Read] = {}
+    packed: dict[str, Sample] = {}
     schemes = set()
     for name, module, backend in quantized_layers(model):
         read = reader(module, backend)
@@ -50,17 +53,17 @@ def base_weights(model: nn.Module) -> tuple[dict[str, Read], str] | None:
             p.is_meta or p.numel() < ENTRIES for p in module.parameters(recurse=False) if p.ndim > 1
         ):
             return None
-        packed[name] = partial(read, module)
+        packed[name] = partial(_sample_dequantized, partial(read, module))
         schemes.add(scheme(module, backend))
     weights = {f"{name}.weight": read for name, read in packed.items()}
     for name, parameter in model.named_parameters():
         original = name.replace(".base_layer", "").replace(".original_module", "")
         foreign = f".{PREFIX}" in name or ".modules_to_save." in name or original.rpartition(".")[0] in packed
-        if parameter.ndim < 2 or foreign:
+        if len(full_shape(parameter)) < 2 or foreign:
             continue
-        if not parameter.is_floating_point() or parameter.is_meta or parameter.numel() < ENTRIES:
+        if not _is_readable(parameter):
             return None
-        weights[original] = parameter.detach
+        weights[original] = partial(_sample_gathered, parameter)
     return weights, " + ".join(sorted(schemes)) or FULL_PRECISION
 
 
@@ -75,12 +78,26 @@ def fingerprint(model: nn.Module) -> str | None:
     weights, kind = found
     names = sorted(weights)
     chosen = [names[i] for i in np.unique(np.linspace(0, len(names) - 1, TENSORS).round().astype(int))]
-    sample = [_entries(weights[name]()) for name in chosen]
+    sample = [weights[name]() for name in chosen]
     text = base64.b64encode(torch.cat(sample).numpy().tobytes()).decode()
     return text if kind == FULL_PRECISION else f"{kind}:{text}"
 
 
-def _entries(weight: Tensor) -> Tensor:
+def _is_readable(weight: Tensor) -> bool:
+    sizable = full_shape(weight).numel() >= ENTRIES
+    return weight.is_floating_point() and not weight.is_meta and not isinstance(weight, DTensor) and sizable
+
+
+def _sample_gathered(weight: Tensor) -> Tensor:
+    with gathered([weight]):
+        return _sample(weight)
+
+
+def _sample_dequantized(read: Callable[[], Tensor]) -> Tensor:
+    return _sample(read())
+
+
+def _sample(weight: Tensor) -> Tensor:
     flat = weight.detach().reshape(-1)
     index = torch.linspace(0, flat.numel() - 1, ENTRIES, dtype=torch.float64).round().long()
     return flat[index.to(flat.device)].to("cpu", torch.float16)

@@ -112,6 +112,13 @@ class TangentHolder(TangentCarrier, BaseTunerLayer):
         """Full name of the weight in the unmodified model."""
         return f"{self.layer_name}.weight"
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Gives a weight set from outside to the base layer; `PreTrainedModel.tie_weights` sets the head's."""
+        if name == "weight":
+            self.get_base_layer().weight = param
+        else:
+            super().register_parameter(name, param)
+
     def trained_adapters(self) -> frozenset[str]:
         """The adapters that train at this layer, or will once it is enabled again."""
         if self.disable_adapters:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from tangent_peft.forward import full_shape
 from tangent_peft.tuner.config import TangentConfig
 from tangent_peft.tuner.registration import PREFIX
 
@@ -48,9 +49,9 @@ def check_state_dict(model: nn.Module, adapter_name: str, state_dict: dict[str, 
             "it with the adapter_config.json saved beside it, on the base model named there."
         )
     for name, parameter in expected.items():
-        if state_dict[name].shape != parameter.shape:
+        if state_dict[name].shape != full_shape(parameter):
             raise ValueError(
                 f"The tangent {name!r} of axis {adapter_name!r} has shape {tuple(state_dict[name].shape)} in the file "
-                f"and {tuple(parameter.shape)} in this model. The axis was trained on another base model or with "
+                f"and {tuple(full_shape(parameter))} in this model. The axis was trained on another base model or with "
                 "another rank; load it on the base model named in its adapter_config.json."
             )
