@@ -39,8 +39,8 @@ def header(plan: Plan) -> list[str]:
         f"{options.model}: {size.parameters / 1e9:.2f} billion parameters in {len(size.blocks)} blocks, {stored}; "
         f"{form} on {len(size.trained_blocks)} blocks{' and the head' if size.head.wrapped else ''}: "
         f"{tangent_entries(size, options.rank) / 1e6:.1f} million; axes held: {options.axes}",
-        f"GPUs: {options.gpus} of {options.gpu_memory / 1e9:.0f} GB; pairs per GPU: {options.batch_size} of {options.max_length} "
-        f"tokens; gradient: {options.gradient}",
+        f"GPUs: {options.gpus} of {options.gpu_memory / 1e9:.0f} GB; pairs per GPU: {options.batch_size} "
+        f"of {options.max_length} tokens; gradient: {options.gradient}",
     ]
 
 

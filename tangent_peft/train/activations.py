@@ -37,8 +37,9 @@ def kept(model: ModelSize, block: BlockSize, work: Workload, is_open: bool) -> f
     read = (2 if is_open else 1) * block.norms * model.hidden if dense else _ranks(block, work)
     plain = middle * block.inner + read + (3 if is_open else 2) * (queries + keys)
     normed = (3 if is_open else 2) * block.norms * (model.hidden + 1)
-    if block.head_norms:
-        normed += 2 * (queries + keys)
+    if block.head_norms:  # what is normalized is kept as it was only where the norm casts it
+        copies = 3 if is_open and work.element < 4 else 2
+        normed += copies * (queries + keys + model.heads + model.kv_heads)
     return work.tokens * (work.element * plain + 4 * normed)
 
 

@@ -130,8 +130,9 @@ def _exchange(model: ModelSize, work: Workload, cluster: Cluster, engine: Engine
         return bucket
     base = base_bytes(model, work)
     if engine == "fsdp2":
-        blocks = [base * b.parameters / model.parameters + 4 * _block_tangent(b, work) for b in model.blocks]
-        root = model.outside * BYTES[work.dtype] + 4 * work.axes * model.head.tangent(work.rank)
+        held = 4 * work.axes
+        blocks = [base * b.parameters / model.parameters + held * _block_tangent(b, work) for b in model.blocks]
+        root = model.outside * BYTES[work.dtype] + held * (model.head.tangent(work.rank) if model.head.wrapped else 0)
         return (2 * max(blocks) + root) * (1 - 1 / n)
     gathered = min(model.parameters, MAX_LIVE) / model.parameters * base
     return gathered * (1 if engine == "zero3_offload" else 1 - 1 / n) + 0.9 * bucket + bucket

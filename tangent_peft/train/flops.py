@@ -115,7 +115,7 @@ def _per_token(blocks: Iterable[BlockSize]) -> int:
 def step_operations(model: ModelSize, work: Workload) -> float:
     """Operations of forward and backward of one TS-DPO step on one process's batch.
 
-    Heads: forward W h, W ḣ, τ h; backward W (h + ḣ) and τ h anew, then the gradients of ḣ and τ.
+    Heads: forward W h, W ḣ, τ h and four expectations; backward W (h + ḣ) and τ h anew, then the gradients of ḣ and τ.
     """
     p, low_rank = products(model, work), work.rank is not None
     own = p.low_in + p.low_out if low_rank else p.wrapped
@@ -123,6 +123,7 @@ def step_operations(model: ModelSize, work: Workload) -> float:
         p.linear + 5 * p.chunked - p.entry
     )  # the tangent's forward: W ẋ and attention's rule; its transpose costs as much
     head = 4 * p.head + ((3 * p.head_low if low_rank else 3 * p.head) if model.head.wrapped else 0)
+    head += 4 * 2 * work.scored * model.head.outputs  # Σ e^{2z}, Σ e^z z, Σ e^z z₀, Σ e^{2 z₀}, as products of rows
     forward = p.linear_all + 2 * p.attention_all
     if work.gradient == "recorded":
         return forward + 2 * (carry + own) - (p.low_in if low_rank else 0) + head
