@@ -39,7 +39,7 @@ from tangent_peft.forward.level import (
 )
 from tangent_peft.forward.randomness import random_state, refuse_randomness
 from tangent_peft.forward.replay import replay_blocks, replayable_blocks
-from tangent_peft.forward.rules import derive_functions, derive_kernels
+from tangent_peft.forward.rules import derive_host_code
 from tangent_peft.forward.support import refuse_hub_kernels
 
 
@@ -103,8 +103,7 @@ class LinearizedForward:
         self._guard(True)  # not before: the pass of another thread that just ended took it away
         try:
             derive_attention(opened)
-            derive_functions(opened)
-            derive_kernels(opened)
+            derive_host_code(opened)
             derive_experts(opened)
             replay_blocks(opened, self._gradient(), self._forced is None, kwargs)
             freeze_input(opened)
