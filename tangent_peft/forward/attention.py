@@ -62,12 +62,15 @@ def attention_configs(root: nn.Module) -> list[tuple[Any, bool]]:
 
     A model that does not has classes of its own, by implementation: it must find the name it was built with.
     """
-    configs: dict[int, Any] = {id(m.config): m.config for m in root.modules() if _has_config(m)}
+    configs: dict[int, Any] = {}
     own: dict[int, bool] = {}
-    for model in root.modules():
-        if isinstance(model, PreTrainedModel):
-            key = id(model.config)
-            own[key] = own.get(key, True) and not type(model)._can_set_attn_implementation()
+    for module in root.modules():
+        if not _has_config(module):
+            continue
+        key = id(module.config)
+        configs[key] = module.config
+        if isinstance(module, PreTrainedModel):
+            own[key] = own.get(key, True) and not type(module)._can_set_attn_implementation()
     return [(config, not own.get(key, False)) for key, config in configs.items()]
 
 

@@ -42,7 +42,7 @@ from tangent_peft.forward.losses import join_at_losses
 from tangent_peft.forward.opaque import OpaqueLinear
 from tangent_peft.forward.randomness import random_state, refuse_randomness
 from tangent_peft.forward.replay import replay_blocks, replayable_blocks
-from tangent_peft.forward.rules import carry_through_engines, derive_functions, derive_kernels
+from tangent_peft.forward.rules import carry_through_engines, derive_host_code
 from tangent_peft.forward.support import refuse_hub_kernels
 
 
@@ -111,8 +111,7 @@ class LinearizedForward:
         self._guard(True)  # not before: the pass of another thread that just ended took it away
         try:
             derive_attention(opened)
-            derive_functions(opened)
-            derive_kernels(opened)
+            derive_host_code(opened)
             derive_experts(opened)
             replay_blocks(opened, self._gradient(), self._forced is None, kwargs)
             freeze_input(opened)

@@ -52,9 +52,14 @@ class _Rule:
 FUNCTIONS = {("transformers.models.bloom.modeling_bloom", "GeLUFunction"): _Rule(bloom_gelu)}
 
 
-def derive_functions(opened: LinearizedPass) -> None:
-    """Puts the rules in the place of the Functions that modules of `opened.root` call, until the pass closes."""
+def derive_host_code(opened: LinearizedPass) -> None:
+    """Puts what can be differentiated in the place of what modules of `opened.root` call, until the pass closes."""
     homes = {type(module).__module__ for module in opened.root.modules()}
+    _derive_functions(opened, homes)
+    _derive_kernels(opened, homes)
+
+
+def _derive_functions(opened: LinearizedPass, homes: set[str]) -> None:
     for (home, name), rule in FUNCTIONS.items():
         if home in homes:
             namespace = vars(sys.modules[home])
@@ -83,9 +88,9 @@ KERNELS = frozenset(
 )
 
 
-def derive_kernels(opened: LinearizedPass) -> None:
-    """Puts transformers' reference implementations in the place of such kernels until the pass closes."""
-    for home in {type(module).__module__ for module in opened.root.modules()}:
+def _derive_kernels(opened: LinearizedPass, homes: set[str]) -> None:
+    """Puts transformers' reference implementations in their place."""
+    for home in homes:
         if not home.startswith("transformers.models."):
             continue
         namespace = vars(sys.modules[home])

@@ -14,6 +14,8 @@ from family_checks import linearize, padded
 from tolerances import assert_equal, relative_error
 from torch import Tensor
 from torch.autograd.forward_ad import dual_level
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.models.bloom import modeling_bloom
 
 from tangent_peft.forward import dual, split
@@ -155,3 +157,22 @@ def test_falcon_keeps_its_own_attention() -> None:
         expected = model(**inputs).logits
     assert seen == ["sdpa", "sdpa"]
     assert relative_error(found, expected) <= 1e-6
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
+def test_soft_caps_and_sinks_by_the_chunked_rule(name: str) -> None:
+    """Their default is plain attention; behind the interface the same function goes through our rule."""
+    model = linearize(BY_NAME[name])
+    base: Any = model.get_base_model()
+    expected = model(**padded()).logits
+    home = vars(sys.modules[type(base).__module__])
+    AttentionInterface.register("opaque", home["eager_attention_forward"])
+    AttentionMaskInterface.register("opaque", ALL_MASK_ATTENTION_FUNCTIONS["eager"])
+    base.config._attn_implementation_internal = "opaque"
+    found = model(**padded()).logits
+    real = padded()["attention_mask"].bool()
+    assert_equal(found[real], expected[real])
+    tangents = [p for p in model.parameters() if p.requires_grad]
+    gradients = [torch.autograd.grad(logits[real].square().sum(), tangents) for logits in (found, expected)]
+    for left, right in zip(*gradients, strict=True):
+        assert_equal(left, right, 3e-5)
