@@ -32,7 +32,7 @@ LORA = {
     "lora_alpha": "leave it out: an axis has no scale of its own, it is weighed when axes are mixed",
     "lora_dropout": "leave it out: an axis has no dropout",
     "lora_target_modules": "use `target_modules`",
-    "lora_target_parameters": "use `target_modules`: only layers carry tangents, not single parameters",
+    "lora_target_parameters": "use `target_parameters`",
     "lora_modules_to_save": "use `modules_to_save`",
     "lora_task_type": "leave it out: an axis belongs to a causal language model",
     "use_rslora": "leave it out: an axis has no scale of its own",
@@ -66,6 +66,7 @@ class AxisArguments:
     lm_head: bool = field(default=True, metadata=_HELP["lm_head"])
     target_modules: list[str] | None = field(default=None, metadata=_HELP["target_modules"])
     exclude_modules: list[str] | None = field(default=None, metadata=_HELP["exclude_modules"])
+    target_parameters: list[str] | None = field(default=None, metadata=_HELP["target_parameters"])
     layers_to_transform: list[int] | None = field(default=None, metadata=_HELP["layers_to_transform"])
     layers_pattern: list[str] | None = field(default=None, metadata=_HELP["layers_pattern"])
     rank_pattern: dict[str, int] | str | None = field(default=None, metadata=_HELP["rank_pattern"])
