@@ -99,13 +99,15 @@ class TangentModel(BaseTuner):
         """Adds an adapter's tangents and (re)installs the linearized forward; the active mix stays as it was.
 
         Raises:
-            ValueError: if the adapter was trained on another base model, or nothing can carry its tangent.
+            ValueError: if the adapter was trained on another base model, nothing can carry its tangent, or a quantized
+                layer has no derivative.
         """
         if not isinstance(self.peft_config, AxisConfigs):
             self.peft_config = AxisConfigs(self.peft_config)
         # A copy, which takes what is found out about this base: one config may be given to several models.
         config = self.peft_config[adapter_name] = copy.copy(self.peft_config[adapter_name])
         check_fingerprint(config.base_fingerprint, model, adapter_name)
+        check_unreadable(opaque_layers(model), activation_dtype(model), training=not config.inference_mode)
         before, forced = axes.snapshot(model), self._forced()
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if config.base_fingerprint is None and not config.inference_mode:
@@ -114,7 +116,7 @@ class TangentModel(BaseTuner):
         self._force(forced)
         self._mark_head(model)
         refuse_unknown_above(model, self.blocks)
-        linearize_forward(model, training=not config.inference_mode)
+        linearize_forward(model)
 
     def _mark_head(self, model: nn.Module) -> None:
         if not isinstance(model, PreTrainedModel):
@@ -302,17 +304,12 @@ def tangent_tuner(model: nn.Module) -> TangentModel:
     return tuner
 
 
-def linearize_forward(model: nn.Module, training: bool = False) -> None:
-    """Makes each call of `model` a linearized pass while one of its layers has a tangent; idempotent.
-
-    Raises:
-        ValueError: for a quantized layer whose derivative can not be had; `training` asks for its backward as well.
-    """
+def linearize_forward(model: nn.Module) -> None:
+    """Makes each call of `model` a linearized pass while one of its layers has a tangent; idempotent."""
     restore_forward(model)
-    layers, opaque = list(axes.tangent_layers(model)), opaque_layers(model)
-    check_unreadable(opaque, activation_dtype(model), training)
+    layers = list(axes.tangent_layers(model))
     if layers:
-        LinearizedForward(model, layers, opaque)
+        LinearizedForward(model, layers, opaque_layers(model))
 
 
 def restore_forward(model: nn.Module) -> None:
