@@ -130,7 +130,8 @@ class TangentModel(BaseTuner):
         """Adds an adapter's tangents and (re)installs the linearized forward; the active mix stays as it was.
 
         Raises:
-            ValueError: if the adapter was trained on another base model, or nothing can carry its tangent.
+            ValueError: if the adapter was trained on another base model, nothing can carry its tangent, or a quantized
+                layer has no derivative.
             NotImplementedError: if the model can not be linearized exactly, with the remedy.
         """
         if not isinstance(self.peft_config, AxisConfigs):
@@ -141,6 +142,7 @@ class TangentModel(BaseTuner):
         check_fingerprint(config.base_fingerprint, model, adapter_name)
         if config.linearize:
             check_support(model)
+        check_unreadable(opaque_layers(model), activation_dtype(model), training=not config.inference_mode)
         before, forced = axes.snapshot(model), self._forced()
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         refuse_shared_weights(axes.tangent_layers(model), type(model).__name__)
@@ -151,7 +153,7 @@ class TangentModel(BaseTuner):
         self._force(forced)
         self._mark_tied(model)
         refuse_unknown_above(model, self.blocks)
-        linearize_forward(model, training=not config.inference_mode)
+        linearize_forward(model)
 
     def _mark_tied(self, model: nn.Module) -> None:
         layers = _head_and_embedding(model)
@@ -355,17 +357,12 @@ def _head_and_embedding(model: nn.Module) -> list[nn.Module]:
     return [layer for layer in layers if isinstance(layer, nn.Module)]
 
 
-def linearize_forward(model: nn.Module, training: bool = False) -> None:
-    """Makes each call of `model` a linearized pass while one of its layers has a tangent; idempotent.
-
-    Raises:
-        ValueError: for a quantized layer whose derivative can not be had; `training` asks for its backward as well.
-    """
+def linearize_forward(model: nn.Module) -> None:
+    """Makes each call of `model` a linearized pass while one of its layers has a tangent; idempotent."""
     restore_forward(model)
-    layers, opaque = list(axes.tangent_layers(model)), opaque_layers(model)
-    check_unreadable(opaque, activation_dtype(model), training)
+    layers = list(axes.tangent_layers(model))
     if layers:
-        LinearizedForward(model, layers, opaque)
+        LinearizedForward(model, layers, opaque_layers(model))
 
 
 def restore_forward(model: nn.Module) -> None:
