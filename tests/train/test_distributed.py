@@ -99,13 +99,14 @@ def _launch(folder: Path, engine: str) -> Job:
     spec.write_text(
         json.dumps({"folder": str(folder), "engine": engine, "cases": CASES[engine], "killed": len(CASES[engine]) > 1})
     )
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", packaged_recipes("accelerate")[engine]]
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += ["--config_file", str(packaged_recipes("accelerate")[engine])]
     command += ["--num_processes", "2", "--mixed_precision", "no", "--main_process_port", str(_free_port())]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     log = folder / f"{engine}.log"
     with log.open("w") as out:
         process = subprocess.Popen(
-            [*map(str, command), str(WORKER), str(spec)],
+            [*command, str(WORKER), str(spec)],
             stdout=out,
             stderr=subprocess.STDOUT,
             env=environment,
