@@ -1,10 +1,10 @@
 """What each process of a distributed test runs, as a user's training script would: `python distributed_worker.py SPEC`.
 
 SPEC is a JSON file: `folder`, where the base model and the pairs lie and results go, `engine`, `cases`, and `killed`,
-whether the second process is to be killed in a last training. The reference of the tests calls `run_case` in one process.
+whether the second process is to be killed in a last training. The tests' reference is `run_case` in one process.
 
-Two things differ from a script on GPUs. accelerate enables FSDP on accelerators only, so its state is told that it is on.
-DeepSpeed would compile two extensions on a CPU, which takes longer than all of this.
+Two things differ from a script on GPUs. accelerate enables FSDP on accelerators only, so its state is told that it is
+on. DeepSpeed would compile two extensions on a CPU, which takes longer than all of this.
 """
 
 from __future__ import annotations

@@ -171,8 +171,9 @@ def train_parser() -> RecipeParser:
         description=(
             "Trains one axis by TS-DPO. RECIPE is a YAML file whose keys are the options below, or the name of a "
             f"packaged one ({', '.join(packaged_recipes())}); options on the command line win over it. ENGINE is a "
-            f"configuration of accelerate, or the name of a packaged one ({', '.join(packaged_recipes('accelerate'))}); "
-            "with it, options of `accelerate launch` may be given as well, such as `--num_processes 2`."
+            "configuration of accelerate, or the name of a packaged one "
+            f"({', '.join(packaged_recipes('accelerate'))}); with it, options of `accelerate launch` may be given as "
+            "well, such as `--num_processes 2`."
         ),
         allow_abbrev=False,
     )

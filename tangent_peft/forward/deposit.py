@@ -94,9 +94,8 @@ def deposit(
 
 class _Deposit(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, y: Tensor, anchor: Tensor, x: Tensor, scale: float, factors: Any, replay: Collected, *direct: Any
-    ) -> Tensor:
+    def forward(ctx: Any, y: Tensor, anchor: Tensor, x: Tensor, *rest: Any) -> Tensor:
+        scale, factors, replay, *direct = rest
         _, b, a = (None if f is None else f.detach() for f in factors)
         narrow = None if a is None else F.linear(x, a.to(x.dtype))
         keeps_x = any(f is not None and f.requires_grad for f in (factors[0], factors[2]))

@@ -3,9 +3,9 @@
 A custom `torch.autograd.Function` without a `jvp` refuses dual tensors. Where its derivative is known the rule stands
 here; where it is not, `support.py` refuses the module that calls it.
 
-The engines' section: sharding engines hang their work on tensors that pass a module. A dual tensor passes it as well, and
-its tangent, along which autograd will come back, has to take the engine's hook with it, or the engine never learns that
-the module's backward began (it gathers the weights) or ended (it frees them and reduces the gradients).
+Engines. Sharding engines hang their work on tensors that pass a module. A dual tensor passes it as well, and its tangent,
+along which autograd will come back, has to take the engine's hook with it, or the engine never learns that the module's
+backward began (it gathers the weights) or ended (it frees them and reduces the gradients).
 
 * DeepSpeed ZeRO-3 sends them through identity Functions without a `jvp`. The derivative of an identity is the identity:
   the same Function, applied to the tangent, whose backward then fires.
@@ -148,7 +148,7 @@ def _give_linear_jvp(function: Any) -> None:
 
 
 def _hook_tangents(module: Any, args: Any, output: Any) -> None:
-    """Does to the tangents what FSDP2 does to outputs that require a gradient: gathers the weights when autograd comes."""
+    """Does to tangents what FSDP2 does to outputs that require a gradient: gathers the weights when autograd comes."""
     if not torch.is_grad_enabled():
         return
     state = module._get_fsdp_state()

@@ -58,7 +58,12 @@ def leaf_that_gets_gradients(root: nn.Module) -> Callable[[nn.Parameter], nn.Par
     units = [module._get_fsdp_state() for module in fsdp_modules(root)]
     known = [p for unit in units for group in unit._fsdp_param_groups for p in group.fsdp_params]
     unsharded = {p.sharded_param: p._unsharded_param for p in known}
-    return lambda parameter: unsharded.get(parameter, parameter)
+
+    def leaf(parameter: nn.Parameter) -> nn.Parameter:
+        # Whether it trains is copied as the unit gathers, which may be yet to come.
+        return unsharded.get(parameter, parameter).requires_grad_(parameter.requires_grad)
+
+    return leaf
 
 
 def call_within(modules: Iterable[nn.Module], function: Callable[..., Any], *args: Any) -> Any:

@@ -28,7 +28,7 @@ _ZERO3 = {
     "mics_shard_size": "MiCS, which has hooks of its own",
     "stage3_module_granularity_threshold": "leaf modules, whose inner layers get no hooks",
 }
-_OFF = (None, 0, -1, 1, False, "none", {})
+_OFF: tuple[Any, ...] = (None, 0, -1, 1, False, "none", {})
 
 
 def prepare_engine(accelerator: Accelerator, model: PeftModel, config: TangentConfig, args: TangentDPOConfig) -> None:
@@ -70,7 +70,7 @@ def _problems(accelerator: Any, model: PeftModel, config: TangentConfig, args: T
         if fsdp.activation_checkpointing:
             yield (
                 "`fsdp_activation_checkpointing: true` recomputes blocks outside of the dual level, where tangents are "
-                "lost. Set it to false, and `gradient_checkpointing=True` in the training arguments: blocks are replayed."
+                "lost. Set it to false, and `gradient_checkpointing=True` in the training arguments: that replays them."
             )
         yield from _sharded_problems("FSDP2", model, config, args)
 
@@ -89,15 +89,15 @@ def _other_parallelism(accelerator: Any, model: PeftModel) -> Iterator[str]:
     split = next((name for name, p in model.named_parameters() if isinstance(p, DTensor)), None)
     if split is not None:
         yield (
-            f"The weight {split!r} is a DTensor already: the model was loaded with tensor parallelism (`tp_plan`), which "
-            "is not supported for a linearized model. Load it without, and shard it with FSDP2 or ZeRO-3."
+            f"The weight {split!r} is a DTensor already: the model was loaded with tensor parallelism (`tp_plan`), "
+            "which is not supported for a linearized model. Load it without, and shard it with FSDP2 or ZeRO-3."
         )
 
 
 _PARALLELISM = {"tp": "tensor", "cp": "context", "sp": "sequence"}
 _ZERO3_REFUSED = (
-    "DeepSpeed ZeRO-3 with `{}: {}` is not supported for a linearized model. Leave it out, as the packaged `zero3` does "
-    "(`tangent-peft recipes zero3`)."
+    "DeepSpeed ZeRO-3 with `{}: {}` is not supported for a linearized model. Leave it out, as the packaged `zero3` "
+    "does (`tangent-peft recipes zero3`)."
 )
 
 
@@ -109,8 +109,8 @@ def _deepspeed_problems(config: Mapping[str, Any], stage: int) -> Iterator[str]:
     ):
         if isinstance(size, int) and size > 1:
             yield (
-                f"DeepSpeed with `{option}: {size}`: tensor and sequence parallelism are not supported for a linearized "
-                "model. Set it to 1 and shard the weights with ZeRO-3 instead."
+                f"DeepSpeed with `{option}: {size}`: tensor and sequence parallelism are not supported for a "
+                "linearized model. Set it to 1 and shard the weights with ZeRO-3 instead."
             )
     if (config.get("compile") or {}).get("deepcompile"):
         yield "DeepSpeed with `compile.deepcompile: true` compiles the forward, which drops tangents. Set it to false."
@@ -131,8 +131,8 @@ def _sharded_problems(engine: str, model: PeftModel, config: TangentConfig, args
         )
     if config.modules_to_save:
         yield (
-            f"`modules_to_save={config.modules_to_save}` with {engine}: modules that train beside the tangents make the "
-            "primal move, and their gradients are not tested here. Leave it out, or use DDP, ZeRO-1 or ZeRO-2."
+            f"`modules_to_save={config.modules_to_save}` with {engine}: modules that train beside the tangents make "
+            "the primal move, which is not tested where weights are sharded. Leave it out, or use DDP, ZeRO-1 or ZeRO-2."
         )
     quantizer = vars(base).get("hf_quantizer")
     if quantizer is not None:
@@ -143,7 +143,7 @@ def _sharded_problems(engine: str, model: PeftModel, config: TangentConfig, args
 
 
 def _keep_output_dtype(plugin: Any) -> None:
-    """accelerate has FSDP2 round all outputs to bf16, log-probs among them, of which the loss takes small differences."""
+    """accelerate has FSDP2 round all outputs to bf16, log-probs among them, whose small differences make the loss."""
     policy = plugin.mixed_precision_policy
     if policy is not None and policy.output_dtype is not None:
         plugin.mixed_precision_policy = dataclasses.replace(policy, output_dtype=None)

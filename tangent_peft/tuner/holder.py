@@ -115,7 +115,8 @@ class TangentHolder(TangentCarrier, BaseTunerLayer):
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Gives a weight set from outside to the base layer; `PreTrainedModel.tie_weights` sets the head's."""
         if name == "weight":
-            self.get_base_layer().weight = param
+            base: Any = self.get_base_layer()
+            base.weight = param
         else:
             super().register_parameter(name, param)
 
