@@ -155,10 +155,9 @@ def _batch(config: dict[str, Any], options: argparse.Namespace) -> dict[str, Any
 
 
 def _deepspeed(engine: str) -> dict[str, Any]:
-    """The engine, with the values that transformers fills in."""
-    auto = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
+    """The engine with its defaults, as in the packaged recipes."""
     return {
-        "zero_optimization": {"stage": int(engine[-1]), "overlap_comm": False, **dict.fromkeys(auto, "auto")},
+        "zero_optimization": {"stage": int(engine[-1])},
         "bf16": {"enabled": "auto"},
         "train_micro_batch_size_per_gpu": "auto",
         "train_batch_size": "auto",

@@ -227,18 +227,10 @@ def _command(options: PlanOptions, engine: Engine) -> str:
     arguments = " ".join(f"--{name} {' '.join(map(shlex.quote, str(value).split()))}" for name, value in values.items())
     if options.gpus == 1 and engine == "ddp":
         return f"tangent-peft train {arguments}"
-    launch = f"accelerate launch --config_file {recipe_file(engine)} --num_processes {options.gpus}"
-    return f"{launch} -m tangent_peft.cli.main train {arguments}"
+    return f"tangent-peft train --accelerate_config {engine} --num_processes {options.gpus} {arguments}"
 
 
 # ---- what the options name -------------------------------------------------------------------------------------------
-
-
-def recipe_file(name: str) -> str:
-    """The packaged accelerate recipe of an engine, as a path; its name alone if the package has none."""
-    folder = Path(str(resources.files("tangent_peft").joinpath("recipes")))
-    found = sorted(folder.rglob(f"{name}.yaml"))
-    return str(found[0]) if found else f"{name}.yaml"
 
 
 def packaged_models() -> dict[str, Path]:

@@ -74,12 +74,12 @@ def print_plan(console: Console, plan: Plan) -> None:
     """The plan on a terminal."""
     for line in header(plan):
         console.print(line, highlight=False, markup=False)
-    headings, *lines = rows(plan)
+    headings, *figures = rows(plan)
     table = Table(title="GB per GPU at the peak of a step")
     for index, heading in enumerate(headings):
         table.add_column(heading, justify="right" if index else "left")
-    for line in lines:
-        table.add_row(*line, end_section=line[0] in (TERMS["framework"], "sum"))
+    for row in figures:
+        table.add_row(*row, end_section=row[0] in (TERMS["framework"], "sum"))
     console.print(table)
     for line in conclusion(plan):
         console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -20,9 +20,10 @@ from tangent_peft.forward.head import TILE_ACCELERATOR, TILE_CPU
 from tangent_peft.train.sizes import BlockSize, ModelSize, Workload
 
 
-# Tensors of width F by whether the MLP is gated: dense (kept, open), low rank (kept, open), an ordinary block.
+# Tensors of width F by whether the MLP is gated: dense (kept, open) and low rank (kept, open); of an ordinary block.
 # A plain MLP is counted with GELU by tanh, written out as GPT-2 has it; one with a fused activation keeps less.
-MIDDLE = {True: ((5, 7), (4, 5), 3), False: ((6, 10), (5, 8), 4)}
+MIDDLE = {True: ((5, 7), (4, 5)), False: ((6, 10), (5, 8))}
+ORDINARY = {True: 3, False: 4}
 TILES = 6  # of logits that the head holds at once: three of this tile, three of the last one
 CHUNKS = 5  # of attention weights and scores that the tangent's rule holds at once, in float32
 
@@ -64,7 +65,7 @@ def _spelled(block: BlockSize) -> float:
 def _ordinary(model: ModelSize, block: BlockSize, work: Workload) -> float:
     """What an ordinary forward of the block saves, its weights frozen, and what its wrapped layers read."""
     width = model.heads * model.head_size + model.kv_heads * model.head_size
-    middle = MIDDLE[block.gated][2] + (1 if work.rank is None else 0)
+    middle = ORDINARY[block.gated] + (1 if work.rank is None else 0)
     plain = middle * block.inner + 2 * width
     plain += block.norms * model.hidden if work.rank is None else _ranks(block, work)
     normed = block.norms * model.hidden + (width if block.head_norms else 0)

@@ -5,9 +5,9 @@ With N devices, P the bytes of the base, t the entries of the τ that trains (A 
 | per device | base | τ | gradient | Adam | exchange |
 |---|---|---|---|---|---|
 | DDP | P | 4t | 4t | 8t | 4t (N > 1) |
-| ZeRO-1 | P | s·t | s·t | 12t / N | one bucket |
-| ZeRO-2 | P | s·t | s·t / N | 12t / N | one bucket |
-| ZeRO-3 | P / N | s·t / N | s·t / N | 12t / N | gathered weights |
+| ZeRO-1 | P | s·t | s·t | 12t / N | a bucket |
+| ZeRO-2 | P | s·t | s·t / N | 12t / N | a bucket |
+| ZeRO-3 | P / N | s·t / N | s·t / N | 12t / N | a bucket and gathered weights |
 | FSDP2 | P / N | 4t / N | 4t / N | 8t / N | two blocks and the root |
 
 s = 2 where DeepSpeed runs in bfloat16 (it casts τ as well and keeps a float32 copy, hence 12 for Adam), else 4. The
@@ -15,8 +15,8 @@ other K − 1 axes are held frozen, as τ is. Activations are those of `activati
 and its peak is that of the largest: the head with all activations kept, the first block's backward pass with the head's
 gradient, the last block's with all gradients, the update.
 
-Nothing here runs a model. The exchange terms follow from how the engines are written and configured (`auto` values of
-transformers' DeepSpeed integration, one FSDP unit per block).
+Nothing here runs a model. The exchange terms follow from how the engines are written and from their defaults; FSDP2 has
+a unit per block.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ ENGINES: tuple[Engine, ...] = get_args(Engine)
 SHARDED = ("zero3", "zero3_offload", "fsdp2")  # engines that divide the base
 
 FRAMEWORK = 1.5 * 2**30  # CUDA context, cuBLAS workspaces and NCCL's buffers; assumed, not measured
-MAX_LIVE = 1_000_000_000  # DeepSpeed's default for stage3_max_live_parameters
+# DeepSpeed's defaults, which the packaged recipes leave alone: entries of a bucket of gradients, of weights gathered
+# ahead, and of weights that may be gathered at a time.
+BUCKET, PREFETCH, MAX_LIVE = 500_000_000, 50_000_000, 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,6 @@ def _held(model: ModelSize, work: Workload, cluster: Cluster, engine: Engine) ->
         "tangents": 0 if offloaded else work.axes * _tangent_element(work, engine) * t / share,
         "projections": 4.0 * sum(layer.projection(work.rank) for layer in model.wrapped),
         "optimizer": float(optimizer),
-        "exchange": _exchange(model, work, cluster, engine),
         "framework": cluster.framework,
     }
 
@@ -125,17 +126,18 @@ def _exchange(model: ModelSize, work: Workload, cluster: Cluster, engine: Engine
     n, t, s = cluster.gpus, tangent_entries(model, work.rank), _tangent_element(work, engine)
     if engine == "ddp":
         return 4.0 * t if n > 1 else 0.0
-    bucket = float(model.hidden**2 * s)
+    # A GPU gives the whole bucket; a CPU only the pages that are written.
+    bucket = float(s * (BUCKET if cluster.accelerator else min(BUCKET, t)))
     if engine in ("zero1", "zero2"):
         return bucket
     base = base_bytes(model, work)
     if engine == "fsdp2":
         held = 4 * work.axes
         blocks = [base * b.parameters / model.parameters + held * _block_tangent(b, work) for b in model.blocks]
-        root = model.outside * BYTES[work.dtype] + held * (model.head.tangent(work.rank) if model.head.wrapped else 0)
-        return (2 * max(blocks) + root) * (1 - 1 / n)
-    gathered = min(model.parameters, MAX_LIVE) / model.parameters * base
-    return gathered * (1 if engine == "zero3_offload" else 1 - 1 / n) + 0.9 * bucket + bucket
+        head = model.head.tangent(work.rank) if model.head.wrapped else 0
+        return (2 * max(blocks) + model.outside * BYTES[work.dtype] + held * head) * (1 - 1 / n)
+    gathered = min(model.parameters, MAX_LIVE + PREFETCH) / model.parameters * base
+    return gathered * (1 if engine == "zero3_offload" else 1 - 1 / n) + bucket
 
 
 def _block_tangent(block: BlockSize, work: Workload) -> int:
@@ -154,15 +156,17 @@ def _phases(model: ModelSize, work: Workload, cluster: Cluster, engine: Engine) 
     backward = [0.0 if b is None else backward_of_block(model, b, work) for b in (first, last)]
     kept_open, kept_closed = (sum(kept(model, b, work, is_open) for b in blocks) for is_open in (True, False))
     kept_last = 0.0 if last is None else kept(model, last, work, False)
+    exchange = _exchange(model, work, cluster, engine)
+    # Buckets are given back before the update, and weights divided again; DDP keeps its buckets. A forward needs none.
+    forward, update = (0.0 if engine in ("zero1", "zero2") else exchange), (exchange if engine == "ddp" else 0.0)
     found = {
-        "head": (before, kept_open, head_workspace(model, work, cluster.accelerator)),
-        "first block's backward": (before + of_head, kept_closed, backward[0] + of_block),
-        "last block's backward": (complete, kept_last, backward[1] + (of_block if size < 4 else 0.0)),
-        "update": (complete, 0.0, _update_workspace(model, work, cluster, engine)),
+        "head": (before, kept_open, head_workspace(model, work, cluster.accelerator), forward),
+        "first block's backward": (before + of_head, kept_closed, backward[0] + of_block, exchange),
+        "last block's backward": (complete, kept_last, backward[1] + (of_block if size < 4 else 0.0), exchange),
+        "update": (complete, 0.0, _update_workspace(model, work, cluster, engine), update),
     }
-    return {
-        name: dict(zip(("gradients", "activations", "workspace"), terms, strict=True)) for name, terms in found.items()
-    }
+    names = ("gradients", "activations", "workspace", "exchange")
+    return {phase: dict(zip(names, terms, strict=True)) for phase, terms in found.items()}
 
 
 def _gradient_share(work: Workload, cluster: Cluster, engine: Engine) -> float:

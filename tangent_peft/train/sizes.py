@@ -236,8 +236,8 @@ class _Reader:
         index = block_index(name, self.found)
         inside = index is not None and index >= self.found[1] - (self.axis.num_layers or self.found[1])
         active = next((int(self.options[key]) for key in _ACTIVE if self.options.get(key)), 1)
-        sides = (hidden, inner) if into else (rows if columns == hidden else columns, hidden)
-        return LinearSize(name, *sides, experts=count, active=min(active, count), wrapped=self.experts and inside)
+        inputs, outputs = (hidden, inner) if into else (inner, hidden)
+        return LinearSize(name, inputs, outputs, count, min(active, count), self.experts and inside)
 
     def _inner(self, prefix: str, layers: list[LinearSize]) -> tuple[int, int]:
         """Width of the MLP's middle as it is read and as it is written, by all experts that serve a token."""

@@ -42,7 +42,7 @@ def test_the_table_says_what_the_json_says(folder: Path, capsys: pytest.CaptureF
     for form in ([], ["--markdown"]):
         assert main(["plan", "--model", str(folder), "--gpus", "4", "--rank", "4", *form]) == 0
         out = capsys.readouterr().out
-        for words in ("ZeRO-2", "FSDP2", "projections A", "fits", "Recipe: ddp", "accelerate launch", "--r 4"):
+        for words in ("ZeRO-2", "FSDP2", "projections A", "fits", "Recipe: ddp", "--accelerate_config ddp", "--r 4"):
             assert words in out
 
 
