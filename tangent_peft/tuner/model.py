@@ -120,12 +120,6 @@ class TangentModel(BaseTuner):
                 self._create_and_replace(peft_config, adapter_name, target, target_name, parent, name, parameter_name)
         return names
 
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(child, TangentExperts):  # unloaded; PEFT would look for a `weight` in the experts
-            setattr(parent, child_name, new_module)
-            return
-        super()._replace_module(parent, child_name, new_module, child)
-
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Adds an adapter's tangents and (re)installs the linearized forward; the active mix stays as it was.
 
@@ -236,15 +230,9 @@ class TangentModel(BaseTuner):
                 )
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(child, TangentQuantized):  # unloading: some quantized layers have no `weight` to hand over
+        """As PEFT's, which reads the weight of what is unloaded: experts, some quantized layers and some heads lack one."""
+        if isinstance(child, (TangentExperts, TangentQuantized, ModulesToSaveWrapper)):
             parent.add_module(child_name, new_module)
-        else:
-            super()._replace_module(parent, child_name, new_module, child)
-
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """As PEFT's, which reads the weight of a module saved in full, and a head of several layers has none."""
-        if isinstance(child, ModulesToSaveWrapper):
-            setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
 
