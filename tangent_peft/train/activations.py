@@ -84,4 +84,5 @@ def head_workspace(model: ModelSize, work: Workload, accelerator: bool) -> float
     tile = 4.0 * min(rows, work.scored) * min(columns, model.head.outputs)
     hidden = work.element * model.hidden * (2 * work.scored + 4 * work.tokens)
     cast = work.element * model.head.tangent(work.rank) if work.element < 4 and model.head.wrapped else 0
-    return (TILES if several else TILES - 1) * tile + hidden + cast
+    narrow = tile / 2 if work.element < 4 else 0  # a product in 16 bits, before it is widened
+    return (TILES if several else TILES - 1) * tile + narrow + hidden + cast

@@ -127,7 +127,8 @@ def _exchange(model: ModelSize, work: Workload, cluster: Cluster, engine: Engine
     if engine == "ddp":
         return 4.0 * t if n > 1 else 0.0
     # A GPU gives the whole bucket; a CPU only the pages that are written.
-    bucket = float(s * (BUCKET if cluster.accelerator else min(BUCKET, t)))
+    filled = min(BUCKET, t)
+    bucket = float(s * ((BUCKET if cluster.accelerator else filled) + filled))  # to be reduced it is copied flat
     if engine in ("zero1", "zero2"):
         return bucket
     base = base_bytes(model, work)
@@ -135,8 +136,9 @@ def _exchange(model: ModelSize, work: Workload, cluster: Cluster, engine: Engine
         held = 4 * work.axes
         blocks = [base * b.parameters / model.parameters + held * _block_tangent(b, work) for b in model.blocks]
         head = model.head.tangent(work.rank) if model.head.wrapped else 0
-        return (2 * max(blocks) + model.outside * BYTES[work.dtype] + held * head) * (1 - 1 / n)
-    gathered = min(model.parameters, MAX_LIVE + PREFETCH) / model.parameters * base
+        return 2 * max(blocks) + model.outside * BYTES[work.dtype] + held * head  # whole copies beside the shards
+    share = min(1.0, (MAX_LIVE + PREFETCH) / (model.parameters + t))
+    gathered = share * (base + s * t)
     return gathered * (1 if engine == "zero3_offload" else 1 - 1 / n) + bucket
 
 
