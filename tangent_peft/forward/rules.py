@@ -3,9 +3,9 @@
 A custom `torch.autograd.Function` without a `jvp` refuses dual tensors. Where its derivative is known the rule stands
 here; where it is not, `support.py` refuses the module that calls it.
 
-Engines. Sharding engines hang their work on tensors that pass a module. A dual tensor passes it as well, and its tangent,
-along which autograd will come back, has to take the engine's hook with it, or the engine never learns that the module's
-backward began (it gathers the weights) or ended (it frees them and reduces the gradients).
+Engines. Sharding engines hang their work on tensors that pass a module. A dual tensor passes it as well, and its
+tangent, along which autograd will come back, has to take the engine's hook with it, or the engine never learns that the
+module's backward began (it gathers the weights) or ended (it frees them and reduces the gradients).
 
 * DeepSpeed ZeRO-3 sends them through identity Functions without a `jvp`. The derivative of an identity is the identity:
   the same Function, applied to the tangent, whose backward then fires.
@@ -109,8 +109,9 @@ def carry_through_engines(opened: LinearizedPass) -> None:
             for name in _ZERO3_FUNCTIONS:
                 if name in vars(module):
                     _give_identity_jvp(vars(module)[name])
-        linear: Any = vars(sys.modules["deepspeed.runtime.zero.linear"])["LinearFunctionForZeroStage3"]
-        _give_linear_jvp(linear)
+        linear = sys.modules.get("deepspeed.runtime.zero.linear")
+        if linear is not None:
+            _give_linear_jvp(vars(linear)["LinearFunctionForZeroStage3"])
     for module in fsdp_modules(opened.root):
         opened.contexts.callback(module.register_forward_hook(_hook_tangents).remove)
 
@@ -137,6 +138,7 @@ def _give_linear_jvp(function: Any) -> None:
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         before(ctx, inputs, output)
         ctx.save_for_forward(inputs[1])
+        ctx.set_materialize_grads(False)  # the tangents of what has none are then None, not zeros
 
     def jvp(ctx: Any, tangent: Tensor | None, *frozen: Tensor | None) -> Tensor:
         if tangent is None or any(t is not None for t in frozen):

@@ -6,6 +6,7 @@ What they can is in docs/distributed.md, with the measurements. Seam: the plugin
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -51,14 +52,15 @@ def prepare_engine(accelerator: Accelerator, model: PeftModel, config: TangentCo
 
 def _problems(accelerator: Any, model: PeftModel, config: TangentConfig, args: TangentDPOConfig) -> Iterator[str]:
     """What must be refused, most general first."""
-    kind, plugin = accelerator.distributed_type, args.deepspeed_plugin
+    kind = accelerator.distributed_type
     yield from _other_parallelism(accelerator, model)
     if kind == DistributedType.DEEPSPEED:
         deepspeed = accelerator.state.deepspeed_plugin
         yield from _deepspeed_problems(deepspeed.deepspeed_config, deepspeed.zero_stage)
         if deepspeed.zero_stage == 3:
-            if plugin is not None and plugin.transformer_moe_cls_names:
-                yield _ZERO3_REFUSED.format("deepspeed_moe_layer_cls_names", plugin.transformer_moe_cls_names)
+            names = deepspeed.transformer_moe_cls_names or os.environ.get("ACCELERATE_DEEPSPEED_MOE_LAYER_CLS_NAMES")
+            if names:
+                yield _ZERO3_REFUSED.format("deepspeed_moe_layer_cls_names", names)
             yield from _sharded_problems("DeepSpeed ZeRO-3", model, config, args)
     if kind == DistributedType.FSDP:
         fsdp = accelerator.state.fsdp_plugin
@@ -118,7 +120,7 @@ def _deepspeed_problems(config: Mapping[str, Any], stage: int) -> Iterator[str]:
         return
     zero = config.get("zero_optimization") or {}
     for option, meaning in _ZERO3.items():
-        if zero.get(option) not in _OFF:
+        if zero.get(option) is True or zero.get(option) not in _OFF:
             yield _ZERO3_REFUSED.format(option, f"{zero[option]} ({meaning})")
 
 
@@ -132,7 +134,7 @@ def _sharded_problems(engine: str, model: PeftModel, config: TangentConfig, args
     if config.modules_to_save:
         yield (
             f"`modules_to_save={config.modules_to_save}` with {engine}: modules that train beside the tangents make "
-            "the primal move, which is not tested where weights are sharded. Leave it out, or use DDP, ZeRO-1 or ZeRO-2."
+            "the primal move, which is not tested on sharded weights. Leave it out, or use DDP, ZeRO-1 or ZeRO-2."
         )
     quantizer = vars(base).get("hf_quantizer")
     if quantizer is not None:
