@@ -24,8 +24,8 @@ from conftest import batch
 from tolerances import assert_equal, relative_error
 from torch import Tensor
 
-from tangent_peft.forward import sdpa as dispatch
 from tangent_peft.forward import flash
+from tangent_peft.forward import sdpa as dispatch
 from tangent_peft.forward.attention_rule import AttentionShape, tangent_by_chunks
 from tangent_peft.forward.flash import can_flash, flash_tangent, use_flash_tangent
 
