@@ -20,7 +20,9 @@ from tangent_peft.train.engines import prepare_engine
 def accelerator(kind: DistributedType, parallelism: Any = None, **plugin: Any) -> Any:
     """As much of an `Accelerator` as says which engine runs, and how."""
     sections = {name: plugin.pop(name) for name in list(plugin) if name.startswith("ds_")}
-    fsdp = SimpleNamespace(**{"fsdp_version": 2, "activation_checkpointing": False, "mixed_precision_policy": None, **plugin})
+    fsdp = SimpleNamespace(
+        **{"fsdp_version": 2, "activation_checkpointing": False, "mixed_precision_policy": None, **plugin}
+    )
     deepspeed = SimpleNamespace(
         zero_stage=sections.pop("ds_stage", 3),
         transformer_moe_cls_names=sections.pop("ds_moe", None),
@@ -40,7 +42,11 @@ def prepare(engine: Any, tmp_path: Path, axis: Any = None, model: Any = None, **
 
 ZERO, FSDP, DDP = DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MULTI_GPU
 REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
-    "zero3 hpz": (accelerator(ZERO, ds_zero_optimization={"zero_hpz_partition_size": 8}), {}, "zero_hpz_partition_size"),
+    "zero3 hpz": (
+        accelerator(ZERO, ds_zero_optimization={"zero_hpz_partition_size": 8}),
+        {},
+        "zero_hpz_partition_size",
+    ),
     "zero3 quantized": (
         accelerator(ZERO, ds_zero_optimization={"zero_quantized_weights": True}),
         {},
@@ -54,7 +60,11 @@ REFUSED: dict[str, tuple[Any, dict[str, Any], str]] = {
         {},
         "tensor_parallel.autotp_size: 4",
     ),
-    "zero2 sequence parallel": (accelerator(ZERO, ds_stage=2, ds_sequence_parallel_size=2), {}, "sequence_parallel_size"),
+    "zero2 sequence parallel": (
+        accelerator(ZERO, ds_stage=2, ds_sequence_parallel_size=2),
+        {},
+        "sequence_parallel_size",
+    ),
     "zero2 deepcompile": (accelerator(ZERO, ds_stage=2, ds_compile={"deepcompile": True}), {}, "deepcompile"),
     "fsdp1": (accelerator(FSDP, fsdp_version=1), {}, "FSDP1 flattens.*Use FSDP2"),
     "fsdp2 checkpointing": (
