@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch.distributed.tensor import DTensor
 
 from tangent_peft.train.config import TangentDPOConfig
-from tangent_peft.tuner import TangentConfig
+from tangent_peft.tuner import TangentConfig, TangentEmbedding, TangentExperts
 
 
 # Options of `zero_optimization` at stage 3: what the value means when it is on, and what to do.
@@ -136,6 +136,13 @@ def _sharded_problems(engine: str, model: PeftModel, config: TangentConfig, args
             f"`modules_to_save={config.modules_to_save}` with {engine}: modules that train beside the tangents make "
             "the primal move, which is not tested on sharded weights. Leave it out, or use DDP, ZeRO-1 or ZeRO-2."
         )
+    for layer in model.modules():
+        if isinstance(layer, (TangentExperts, TangentEmbedding)):
+            yield (
+                f"A tangent on {layer.layer_name!r} ({type(layer).__name__}) with {engine}: its matrices are read "
+                "outside of the calls that gather them. Leave it out of `target_parameters` or `target_modules`, or "
+                "use DDP, ZeRO-1 or ZeRO-2."
+            )
     quantizer = vars(base).get("hf_quantizer")
     if quantizer is not None:
         yield (

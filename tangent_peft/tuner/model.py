@@ -230,7 +230,7 @@ class TangentModel(BaseTuner):
                 )
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """As PEFT's, which reads the weight of what is unloaded: experts, some quantized layers and some heads lack one."""
+        # PEFT's reads the weight of what is unloaded; experts, some quantized layers and some saved heads lack one.
         if isinstance(child, (TangentExperts, TangentQuantized, ModulesToSaveWrapper)):
             parent.add_module(child_name, new_module)
         else:

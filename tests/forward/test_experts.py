@@ -126,7 +126,10 @@ def test_a_load_balancing_loss_is_refused() -> None:
         wrapped("mixtral")(**batch(), output_router_logits=True)
 
 
-@pytest.mark.parametrize("product", [torch._grouped_mm, torch.ops.transformers.grouped_mm_fallback], ids=["torch", "own"])
+PRODUCTS = {"torch": torch._grouped_mm, "transformers": torch.ops.transformers.grouped_mm_fallback}
+
+
+@pytest.mark.parametrize("product", PRODUCTS.values(), ids=PRODUCTS)
 @pytest.mark.parametrize("transposed", [True, False])
 def test_grouped_product_equals_the_loop(product: Any, transposed: bool) -> None:
     """Value, derivative in both arguments, and the gradient of the derivative."""

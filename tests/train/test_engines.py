@@ -96,6 +96,15 @@ def test_quantized_base_is_refused_where_weights_are_sharded(engine: str, tmp_pa
         prepare(accelerator({"zero3": ZERO, "fsdp2": FSDP}[engine]), tmp_path, model=model)
 
 
+@pytest.mark.parametrize("engine", [ZERO, FSDP])
+def test_tangents_that_no_module_call_gathers_are_refused_where_weights_are_sharded(
+    engine: DistributedType, tmp_path: Path
+) -> None:
+    embedded = tangent_model(target_modules=["embed_tokens"])
+    with pytest.raises(ValueError, match=r"'model.embed_tokens' \(TangentEmbedding\).*`target_modules`"):
+        prepare(accelerator(engine), tmp_path, model=embedded)
+
+
 ACCEPTED = {
     "ddp": accelerator(DDP, {"tp_size": 1, "cp_size": 1, "sp_size": None}),
     "zero1": accelerator(ZERO, ds_stage=1),
