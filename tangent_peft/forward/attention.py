@@ -11,6 +11,7 @@ Letters: B batch, T queries, S keys, H heads, K key/value heads, E head size.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -42,7 +43,7 @@ _PACKING = ("cu_seq_lens_q", "cu_seq_lens_k")  # where each sequence of a packed
 def derive_attention(opened: LinearizedPass) -> None:
     """Dispatches the attention of `opened.root` to `tangent_attention` until the pass closes."""
     own_call = False
-    for config, through_interface in attention_configs(opened.root):
+    for config, through_interface in attention_configs(opened.modules):
         chosen = config._attn_implementation
         if chosen in (None, "eager", NAME):
             continue
@@ -57,14 +58,14 @@ def derive_attention(opened: LinearizedPass) -> None:
         opened.modes.enter_context(SdpaDerivative())
 
 
-def attention_configs(root: nn.Module) -> list[tuple[Any, bool]]:
-    """The configs in `root`, each with whether its models look up their attention in `AttentionInterface`.
+def attention_configs(modules: Iterable[nn.Module]) -> list[tuple[Any, bool]]:
+    """The configs that `modules` hold, each with whether its models look up their attention in `AttentionInterface`.
 
     A model that does not has classes of its own, by implementation: it must find the name it was built with.
     """
     configs: dict[int, Any] = {}
     own: dict[int, bool] = {}
-    for module in root.modules():
+    for module in modules:
         if not _has_config(module):
             continue
         key = id(module.config)

@@ -24,7 +24,7 @@ from tangent_peft.forward.attention import derive_attention
 from tangent_peft.forward.cache import refuse_lost_tangents, reveal_cross_attention
 from tangent_peft.forward.carrier import Gradient, TangentCarrier
 from tangent_peft.forward.exits import TangentExit, find_exit, find_head
-from tangent_peft.forward.experts import check_experts, derive_experts
+from tangent_peft.forward.experts import derive_experts
 from tangent_peft.forward.level import (
     LinearizedPass,
     carries_tangent,
@@ -62,7 +62,6 @@ class LinearizedForward:
         self._forced: Gradient | None = None
         head = find_head(root)
         self.guarded = [carrier for carrier in self.carriers if carrier is head]
-        check_experts(root)
         exit_ = find_exit(root, set(self.carriers))
         self.handles = [
             root.register_forward_pre_hook(self._open, with_kwargs=True),
@@ -105,11 +104,11 @@ class LinearizedForward:
             self._guard(True)
             return
         refuse_compilation(root)
-        refuse_hub_kernels(root)
         self._check(root)
         opened = open_pass(root, mix, caller=sys._getframe(1))
         self._guard(True)  # not before: the pass of another thread that just ended took it away
         try:
+            refuse_hub_kernels(opened)
             derive_attention(opened)
             derive_host_code(opened)
             derive_experts(opened)
@@ -188,7 +187,7 @@ def freeze_input(opened: LinearizedPass) -> None:
     """
     if not torch.is_grad_enabled():
         return
-    for model in [module for module in opened.root.modules() if isinstance(module, PreTrainedModel)]:
+    for model in [module for module in opened.modules if isinstance(module, PreTrainedModel)]:
         try:
             embedding = model.get_input_embeddings()
         except NotImplementedError:  # as in `enable_input_require_grads`, which asks every model inside as well

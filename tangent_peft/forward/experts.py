@@ -14,7 +14,7 @@ differentiate themselves; "grouped_mm" is sent through `tangent_experts`; the ot
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -38,18 +38,18 @@ def is_fused_experts(module: nn.Module) -> bool:
     return _MARK in vars(module)
 
 
-def check_experts(root: nn.Module) -> None:
+def check_experts(modules: Iterable[nn.Module]) -> None:
     """Refuses an implementation of experts whose derivative is unknown.
 
     Raises:
         NotImplementedError: naming the implementation, and what to set instead.
     """
-    for module in root.modules():
+    for module in modules:
         if not is_fused_experts(module):
             continue
         if isinstance(module, FP8Experts):
             raise NotImplementedError(
-                f"The experts of {type(root).__name__} ({type(module).__name__}) hold FP8 weights and multiply by them "
+                f"The experts {type(module).__name__} hold FP8 weights and multiply by them "
                 "in a kernel without a derivative. Load the model dequantized, "
                 "`FineGrainedFP8Config(dequantize=True)`."
             )
@@ -57,7 +57,7 @@ def check_experts(root: nn.Module) -> None:
         chosen = config._experts_implementation
         if chosen not in (None, *PLAIN, GROUPED, NAME):
             raise NotImplementedError(
-                f"The experts of {type(root).__name__} ({type(module).__name__}) run on the kernel {chosen!r}, which "
+                f"The experts {type(module).__name__} run on the kernel {chosen!r}, which "
                 "has no derivative, so a linearized forward can not pass through them. Call "
                 f"`model.set_experts_implementation({GROUPED!r})`, or 'batched_mm' or 'eager', before you wrap it."
             )
@@ -69,8 +69,8 @@ def derive_experts(opened: LinearizedPass) -> None:
     Raises:
         NotImplementedError: for an implementation without a derivative.
     """
-    check_experts(opened.root)
-    configs: dict[int, Any] = {id(m.config): m.config for m in opened.root.modules() if is_fused_experts(m)}
+    check_experts(opened.modules)
+    configs: dict[int, Any] = {id(m.config): m.config for m in opened.modules if is_fused_experts(m)}
     for config in configs.values():
         if config._experts_implementation == GROUPED:
             config._experts_implementation_internal = NAME

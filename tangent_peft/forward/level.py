@@ -32,6 +32,7 @@ class LinearizedPass:
     Attributes:
         root: the module whose call opened the pass.
         mix: identity of the tangents of this pass; equal mixes may share a key/value cache.
+        modules: those of `root`, found once for all who look through them.
         primal_attention: the attention implementation the user chose, by `id` of the model config that names it.
         hidden: primal and tangent (B, T, D) of the backbone's last hidden state, if the tangent ended there.
         random_state: state of the random generator when a training forward began, which must draw nothing.
@@ -44,6 +45,7 @@ class LinearizedPass:
 
     root: nn.Module
     mix: Hashable
+    modules: list[nn.Module] = field(init=False)
     primal_attention: dict[int, str] = field(default_factory=dict)
     hidden: tuple[Tensor, Tensor | None] | None = None
     random_state: Tensor | None = None
@@ -52,6 +54,9 @@ class LinearizedPass:
     modes: ExitStack = field(default_factory=ExitStack)
     caller: FrameType | None = None
     thread: threading.Thread = field(default_factory=threading.current_thread)
+
+    def __post_init__(self) -> None:
+        self.modules = list(self.root.modules())
 
     def is_running(self) -> bool:
         """Whether the call that opened the pass has not ended yet."""

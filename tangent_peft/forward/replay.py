@@ -279,8 +279,8 @@ def replay_blocks(opened: LinearizedPass, gradient: Gradient, strict: bool, opti
         return
     differentiated = torch.is_grad_enabled()
     wanted = gradient == "replay" and differentiated
-    enabled = {m for m in root.modules() if vars(m).get("gradient_checkpointing", False)}
-    replayed = [block for block in replayable_blocks(root) if wanted or block in enabled]
+    enabled = {m for m in opened.modules if vars(m).get("gradient_checkpointing", False)}
+    replayed = [block for block in _replayable(opened.modules) if wanted or block in enabled]
     if not replayed and (enabled or wanted):
         raise ValueError(
             f"{type(root).__name__} has no block that derives from transformers' GradientCheckpointingLayer: there is "
@@ -302,7 +302,11 @@ def replay_blocks(opened: LinearizedPass, gradient: Gradient, strict: bool, opti
 
 def replayable_blocks(root: nn.Module) -> list[nn.Module]:
     """The blocks that can be replayed: those that transformers can checkpoint."""
-    return [module for module in root.modules() if isinstance(module, GradientCheckpointingLayer)]
+    return _replayable(root.modules())
+
+
+def _replayable(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    return [module for module in modules if isinstance(module, GradientCheckpointingLayer)]
 
 
 def _check_checkpointing(block: nn.Module) -> None:

@@ -54,7 +54,7 @@ FUNCTIONS = {("transformers.models.bloom.modeling_bloom", "GeLUFunction"): _Rule
 
 def derive_host_code(opened: LinearizedPass) -> None:
     """Puts what can be differentiated in the place of what modules of `opened.root` call, until the pass closes."""
-    homes = {type(module).__module__ for module in opened.root.modules()}
+    homes = {type(module).__module__ for module in opened.modules}
     _derive_functions(opened, homes)
     _derive_kernels(opened, homes)
 
@@ -105,14 +105,14 @@ def _derive_kernels(opened: LinearizedPass, homes: set[str]) -> None:
 def carry_through_engines(opened: LinearizedPass) -> None:
     """Lets tangents pass the hooks of the engine that shards `opened.root`, if there is one, until the pass closes."""
     if "pre_bwd_fn" in vars(opened.root):  # DeepSpeed gives each module two Functions of its own
-        for module in opened.root.modules():
+        for module in opened.modules:
             for name in _ZERO3_FUNCTIONS:
                 if name in vars(module):
                     _give_identity_jvp(vars(module)[name])
         linear = sys.modules.get("deepspeed.runtime.zero.linear")
         if linear is not None:
             _give_linear_jvp(vars(linear)["LinearFunctionForZeroStage3"])
-    for module in fsdp_modules(opened.root):
+    for module in fsdp_modules(opened.modules):
         opened.contexts.callback(module.register_forward_hook(_hook_tangents).remove)
 
 

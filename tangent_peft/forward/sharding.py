@@ -42,12 +42,12 @@ def whole(x: Tensor) -> Tensor:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
-def fsdp_modules(root: nn.Module) -> list[Any]:
+def fsdp_modules(modules: Iterable[nn.Module]) -> list[Any]:
     """The modules that FSDP2 shards as units; none as long as nobody has imported it."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None:
         return []
-    return [module for module in root.modules() if isinstance(module, vars(fsdp)["FSDPModule"])]
+    return [module for module in modules if isinstance(module, vars(fsdp)["FSDPModule"])]
 
 
 def leaf_that_gets_gradients(root: nn.Module) -> Callable[[nn.Parameter], nn.Parameter]:
@@ -55,7 +55,7 @@ def leaf_that_gets_gradients(root: nn.Module) -> Callable[[nn.Parameter], nn.Par
 
     Valid once the model has run a forward pass.
     """
-    units = [module._get_fsdp_state() for module in fsdp_modules(root)]
+    units = [module._get_fsdp_state() for module in fsdp_modules(root.modules())]
     known = [p for unit in units for group in unit._fsdp_param_groups for p in group.fsdp_params]
     unsharded = {p.sharded_param: p._unsharded_param for p in known}
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from tangent_peft.forward.attention import attention_configs, check_attention
 from tangent_peft.forward.experts import check_experts
+from tangent_peft.forward.level import LinearizedPass
 
 
 @dataclass(frozen=True)
@@ -98,16 +99,17 @@ def check_support(root: nn.Module) -> None:
     Raises:
         NotImplementedError: naming the module, why it is refused, and what to do instead.
     """
-    for module in root.modules():
+    modules = list(root.modules())
+    for module in modules:
         for refusal in _refusals(module):
             raise NotImplementedError(
                 f"{type(root).__name__} can not be linearized exactly: {type(module).__name__} is refused because "
                 f"{refusal.reason}. Instead, {refusal.remedy}. {WORKS}"
             )
-    for config, through_interface in attention_configs(root):
+    for config, through_interface in attention_configs(modules):
         if config._attn_implementation is not None and config._attn_implementation != "eager":
             check_attention(config._attn_implementation, through_interface)
-    check_experts(root)
+    check_experts(modules)
 
 
 def _refusals(module: nn.Module) -> Iterator[Refusal]:
@@ -128,15 +130,16 @@ def _has_hub_kernels(module: nn.Module) -> bool:
     return isinstance(module, PreTrainedModel) and module.use_kernels
 
 
-def refuse_hub_kernels(root: nn.Module) -> None:
+def refuse_hub_kernels(opened: LinearizedPass) -> None:
     """Refuses a pass of a model whose layers were replaced after it was wrapped.
 
     Raises:
         NotImplementedError: as `check_support`.
     """
-    if any(map(_has_hub_kernels, root.modules())):
+    if any(map(_has_hub_kernels, opened.modules)):
         raise NotImplementedError(
-            f"{type(root).__name__} runs on kernels from the hub: {HUB_KERNELS.reason}. Instead, {HUB_KERNELS.remedy}."
+            f"{type(opened.root).__name__} runs on kernels from the hub: {HUB_KERNELS.reason}. Instead, "
+            f"{HUB_KERNELS.remedy}."
         )
 
 
