@@ -151,4 +151,4 @@ def _is_liger(code: Any) -> bool:
     """Whether a class or function is defined by Liger, which patches both."""
     if isinstance(code, MethodType):
         code = code.__func__
-    return isinstance(code, (type, FunctionType)) and code.__module__.split(".")[0] == "liger_kernel"
+    return isinstance(code, (type, FunctionType)) and (code.__module__ or "").split(".")[0] == "liger_kernel"

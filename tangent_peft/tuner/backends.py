@@ -7,6 +7,7 @@ model holds one of its layers.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -205,11 +206,15 @@ def activation_dtype(model: nn.Module) -> torch.dtype:
     return next(vectors, torch.float32)
 
 
+_WEIGHT = re.compile("weight|W_q|blocks|packed")  # buffers of other names are tables of indices, masks and the like
+
+
 def unknown_quantization(module: nn.Module) -> str | None:
     """What shows that a module is quantized in a way nobody here knows; `None` if nothing does."""
     if isinstance(module, (nn.Embedding, TangentLayer)):
         return None
-    own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    buffers = [(name, buffer) for name, buffer in module.named_buffers(recurse=False) if _WEIGHT.search(name)]
+    own = [*module.named_parameters(recurse=False), *buffers]
     found = next((f"{name} ({tensor.dtype})" for name, tensor in own if tensor.dtype in PACKED and tensor.ndim > 1), "")
     if type(module).__module__.startswith("torch.ao.nn.quantized"):
         found = "in torch's own format"

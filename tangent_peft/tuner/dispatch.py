@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from tangent_peft.tuner.backends import quantization_backend, refuse_unknown
 from tangent_peft.tuner.embedding import TangentEmbedding
 from tangent_peft.tuner.layer import TangentLayer
-from tangent_peft.tuner.linear import TangentConv1D, TangentLinear
+from tangent_peft.tuner.linear import TangentConv1D, TangentLinear, is_plain_linear
 from tangent_peft.tuner.quantized import TangentQuantized
 
 
@@ -25,6 +25,12 @@ def wrap_layer(base_layer: nn.Module, layer_name: str, requantize: Callable[[], 
     if backend is not None:
         return TangentQuantized(base_layer, layer_name, backend)
     refuse_unknown(base_layer, layer_name)
+    if isinstance(base_layer, (nn.Linear, Conv1D)) and not is_plain_linear(base_layer):
+        raise TypeError(
+            f"Module {layer_name!r} is a {type(base_layer).__name__}, which derives from a linear layer but has a "
+            "forward of its own, so its tangent might not be exact. Take it out of `target_modules`, or add it to "
+            "`exclude_modules`: tangents from below pass through it."
+        )
     if isinstance(base_layer, nn.Linear):
         return TangentLinear(base_layer, layer_name)
     if isinstance(base_layer, Conv1D):

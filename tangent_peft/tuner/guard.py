@@ -1,4 +1,4 @@
-"""A weight that may be looked at but not computed with: that of a head which carries a tangent, during a pass.
+"""A weight that may be looked at but not computed with: a head's or a packed one that carries a tangent, during a pass.
 
 Code that multiplies by `lm_head.weight` itself, instead of calling the head, would lose the tangent. Reading its dtype
 or device, as Mamba does, loses nothing.
@@ -18,8 +18,12 @@ _HARMLESS = {
     Tensor.shape.__get__,  # type: ignore[attr-defined]
     Tensor.ndim.__get__,  # type: ignore[attr-defined]
     Tensor.requires_grad.__get__,  # type: ignore[attr-defined]
+    Tensor.layout.__get__,  # type: ignore[attr-defined]
+    Tensor.is_cuda.__get__,  # type: ignore[attr-defined]
     Tensor.size,
     Tensor.dim,
+    Tensor.numel,
+    Tensor.element_size,
     Tensor.is_floating_point,
 }
 
@@ -31,8 +35,11 @@ class GuardedWeight(Tensor):
 
     @staticmethod
     def of(weight: Tensor, refusal: str) -> GuardedWeight:
-        """A guarded view of `weight`."""
-        guarded = weight.detach().as_subclass(GuardedWeight)
+        """A guarded view of `weight`; of a tensor of another class, such as torchao's, one without its numbers."""
+        plain = weight.detach()
+        if type(plain) is not Tensor:
+            plain = torch.empty((), dtype=weight.dtype, device=weight.device).expand(weight.shape)
+        guarded = plain.as_subclass(GuardedWeight)
         guarded.refusal = refusal
         return guarded
 

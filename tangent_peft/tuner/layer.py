@@ -126,11 +126,16 @@ class TangentLayer(TangentHolder):
         """W x + b and W ẋ. Few rows, as in decoding, are bound by reading W: both are then one product."""
         if tangent is None:
             return self.base_layer(primal, *args, **kwargs), None
-        few = primal.numel() <= STACKED_ROWS * self.in_features
+        few = primal.numel() <= STACKED_ROWS * self.in_features and not self.is_hooked()
         if few and self.bias is None and not torch.is_grad_enabled():
             y, passed_on = self.base_layer(torch.cat([primal, tangent]), *args, **kwargs).chunk(2)
             return y, passed_on
         return self.base_layer(primal, *args, **kwargs), self._linear_part(tangent)
+
+    def is_hooked(self) -> bool:
+        """Whether someone has hooks on the base layer, such as a steering vector: they are for the primal alone."""
+        hooks = vars(self.get_base_layer())
+        return bool(hooks["_forward_hooks"] or hooks["_forward_pre_hooks"])
 
     def carried_weight(self, weight: Tensor) -> Tensor:
         """What stands for the base weight where something other than this layer reads it.

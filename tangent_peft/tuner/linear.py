@@ -6,8 +6,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from tangent_peft.forward import call_within
+from tangent_peft.forward import call_within, is_sharded
 from tangent_peft.tuner.layer import TangentLayer
+
+
+#: Subclasses of `nn.Linear` in transformers whose own forward is W x + b all the same.
+AFFINE = frozenset({"FalconLinear", "EsmFoldLinear"})
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a layer stores W and computes W x + b: no router, product by groups or the like that derives from one."""
+    kind = type(module)
+    if isinstance(module, nn.Linear):
+        return kind.forward is nn.Linear.forward or kind.__name__ in AFFINE
+    return isinstance(module, Conv1D) and kind.forward is Conv1D.forward
 
 
 class TangentLinear(TangentLayer):
@@ -17,7 +29,8 @@ class TangentLinear(TangentLayer):
         super().__init__(base_layer, base_layer.in_features, base_layer.out_features, layer_name)
 
     def _linear_part(self, x: Tensor) -> Tensor:
-        if self.base_layer.bias is None:
+        plain = not self.is_hooked() or is_sharded(self.base_layer.weight)  # engines' hooks gather the weight
+        if self.base_layer.bias is None and plain:
             return self.base_layer(x)
         return call_within([self.base_layer], lambda x: F.linear(x, self.base_layer.weight), x)
 

@@ -139,13 +139,13 @@ class TangentModel(BaseTuner):
         check_unreadable(opaque_layers(model), activation_dtype(model), training=not config.inference_mode)
         before, forced = axes.snapshot(model), self._forced()
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        refuse_shared_weights(axes.tangent_layers(model), type(model).__name__)
         if config.base_fingerprint is None and not config.inference_mode:
             config.base_fingerprint = fingerprint(model)
             warn_of_encoders(model)
         axes.restore_scaling(before)
         self._force(forced)
         self._mark_tied(model)
+        refuse_shared_weights(model)
         refuse_unknown_above(model, self.blocks)
         linearize_forward(model)
 

@@ -12,8 +12,9 @@ from peft.tuners.tuners_utils import _get_in_out_features, check_adapters_to_mer
 from peft.utils.quantization_utils import Bnb4bitBackend, HqqBackend, QuantizationBackend
 from torch import Tensor, nn
 
-from tangent_peft.forward import OpaqueLinear
+from tangent_peft.forward import OpaqueLinear, current_pass, is_replaying
 from tangent_peft.tuner.backends import prepare_quantized, reader
+from tangent_peft.tuner.guard import GuardedWeight
 from tangent_peft.tuner.layer import TangentLayer
 
 
@@ -43,6 +44,24 @@ class TangentQuantized(TangentLayer):
             return super()._apply_base(primal, tangent, *args, **kwargs)
         # This kernel may round its input: the tangent has another way.
         return self.base_layer(primal, *args, **kwargs), self._linear_part(tangent)
+
+    def is_hooked(self) -> bool:
+        """Whether there are other hooks on the base layer than those of its derivative."""
+        hooks = vars(self.get_base_layer())
+        return max(len(hooks["_forward_hooks"]), len(hooks["_forward_pre_hooks"])) > 1
+
+    @property
+    def weight(self) -> Tensor:
+        """The packed weight; where the layer carries an axis it tells its dtype, device and shape, and no more."""
+        weight, carried = super(TangentLayer, self).weight, self.carried_axes()
+        if not carried or (self._linearized(carried) and current_pass() is None and not is_replaying()):
+            return weight
+        return GuardedWeight.of(
+            weight,
+            f"Something reads the packed weight of {self.layer_name!r} ({type(self.get_base_layer()).__name__}) "
+            f"instead of calling it, so the tangent of axes {carried} would be lost. Leave that layer out with "
+            f"`exclude_modules=['{self.layer_name.rpartition('.')[2]}']`, or load the base unquantized.",
+        )
 
     def _linear_part(self, x: Tensor) -> Tensor:
         return self.opaque.linear_part(x)

@@ -12,18 +12,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, check_targ
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from tangent_peft.forward import find_head
 from tangent_peft.tuner.backends import quantization_backend, refuse_unknown
 from tangent_peft.tuner.config import TangentConfig
 from tangent_peft.tuner.experts import fused_parameters
 from tangent_peft.tuner.layer import TangentLayer
+from tangent_peft.tuner.linear import is_plain_linear
 
 
-LINEAR = (nn.Linear, Conv1D)
-#: Classes of transformers that derive from `nn.Linear` and compute something else: routers, products by groups.
-NOT_AFFINE = frozenset({"Llama4Router", "PhimoeTopKRouter", "DeepseekV4GroupedLinear", "IdeficsDecoupledLinear"})
 ALL_LINEAR = "all-linear"
 _TASK_HEADS = {TaskType.TOKEN_CLS: ("classifier", "score"), TaskType.QUESTION_ANS: ("qa_outputs",)}
 
@@ -69,8 +66,7 @@ def _longest_list(model: nn.Module, prefix: str, layers_pattern: list[str] | str
 def is_linear(module: nn.Module) -> bool:
     """Whether a tangent can be carried there: a linear layer, wrapped or not, quantized or not."""
     base: Any = module.base_layer if isinstance(module, BaseTunerLayer) else module
-    plain = isinstance(base, LINEAR) and type(base).__name__ not in NOT_AFFINE
-    return plain or quantization_backend(base) is not None
+    return is_plain_linear(base) or quantization_backend(base) is not None
 
 
 def block_index(key: str, blocks: tuple[str, int] | None) -> int | None:

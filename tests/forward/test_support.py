@@ -26,7 +26,7 @@ REMEDY = {
     "reformer": r"ReformerEncoder is refused.*reversible.*linearize=False",
     "rwkv": r"RwkvModel is refused.*config.rescale_every = 0",
     "doge": r"DogeAttention is refused.*attn_implementation='eager'",
-    "zamba2": r"share one weight.*exclude_modules",
+    "zamba2": r"shares its weight with.*exclude_modules",
 }
 
 

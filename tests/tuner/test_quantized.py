@@ -153,6 +153,17 @@ def test_the_head_may_be_quantized(path: Path) -> None:
 # ---- memory --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("scheme", ["nf4", "int8", "torchao_int8"])
+def test_a_packed_weight_may_be_looked_at_and_not_computed_with(path: Path, scheme: str) -> None:
+    model = wrapped(quantized(path, scheme, "qwen2"))
+    layer = tangent_layers(model)[0]
+    packed = layer.weight  # outside of a pass
+    with model.linearized(False):
+        assert (layer.weight.dtype, layer.weight.shape) == (packed.dtype, packed.shape)
+        with pytest.raises(RuntimeError, match="reads the packed weight.*exclude_modules"):
+            _ = layer.weight * 2
+
+
 def test_one_layer_is_dequantized_at_a_time(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, alive, largest = wrapped(quantized(path, "nf4"), "dense"), [0], [0]
     dequantize = bnb.functional.dequantize_4bit
