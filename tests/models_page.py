@@ -75,10 +75,11 @@ with attention classes of their own (Falcon, GPT-J, GPT-Neo): load with `attn_im
 
 **Experts.** `grouped_mm`, `batched_mm` and `eager` work.
 
-**Shared weights.** A layer whose weight others use as well (Zamba 2's shared block, the embeddings of an encoder-decoder)
-is refused, except for a head and the embedding tied to it: name it in `exclude_modules`.
+**Shared weights.** A layer whose weight others use as well (Zamba 2's shared block, an encoder-decoder's embeddings) is
+refused, except for a head and the embedding tied to it: name it in `exclude_modules`.
 
-**Linear layers with a forward of their own** (routers, products by groups) are left out by default and refused when named.
+**Linear layers with a forward of their own** (routers, products by groups) are left out by default and refused by
+name.
 
 **Optional kernels.** Those of `mamba-ssm`, `causal-conv1d` and `flash-linear-attention` have no derivative. Where these
 packages are installed, a linearized forward runs transformers' reference implementation instead: exact, and slower.

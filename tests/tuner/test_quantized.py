@@ -160,7 +160,7 @@ def test_a_packed_weight_may_be_looked_at_and_not_computed_with(path: Path, sche
     packed = layer.weight  # outside of a pass
     with model.linearized(False):
         assert (layer.weight.dtype, layer.weight.shape) == (packed.dtype, packed.shape)
-        with pytest.raises(RuntimeError, match="reads the packed weight.*exclude_modules"):
+        with pytest.raises(RuntimeError, match=r"reads the packed weight.*exclude_modules"):
             _ = layer.weight * 2
 
 

@@ -1,4 +1,4 @@
-"""Linear layers that are not what they seem: with a forward of their own, with hooks, sharing a weight, packed and read."""
+"""Linear layers that are not what they seem: with a forward of their own, with hooks, sharing a weight."""
 
 from __future__ import annotations
 
