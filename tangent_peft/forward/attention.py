@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -54,8 +55,19 @@ def derive_attention(opened: LinearizedPass) -> None:
         opened.primal_attention[id(config)] = chosen
         config._attn_implementation_internal = NAME
         opened.contexts.callback(_restore, config, chosen)
-    if own_call:
+    torch_attention = any(isinstance(module, nn.MultiheadAttention) for module in opened.modules)
+    if torch_attention and torch.backends.mha.get_fastpath_enabled():  # fused layers without a derivative
+        opened.contexts.callback(torch.backends.mha.set_fastpath_enabled, True)
+        torch.backends.mha.set_fastpath_enabled(False)
+    if own_call or torch_attention or _calls_kernels(opened):
         opened.modes.enter_context(SdpaDerivative())
+
+
+def _calls_kernels(opened: LinearizedPass) -> bool:
+    """Whether there may be calls of `F.scaled_dot_product_attention` past transformers' interface."""
+    if not isinstance(opened.root, PreTrainedModel):
+        return True
+    return any(type(module).__module__.startswith("timm.") for module in opened.modules)
 
 
 def attention_configs(modules: Iterable[nn.Module]) -> list[tuple[Any, bool]]:
