@@ -1,9 +1,9 @@
 """The derivative of `F.scaled_dot_product_attention` where a model calls it itself, past transformers' interface.
 
-Falcon does, modules that are no transformers models, and models whose code comes with their weights. PyTorch has a forward derivative for its slow backend only,
-and the gradient of that one is NaN where a query sees no key, as in left padding (its softmax divides zero by zero).
-So while a linearized pass is open, the call is answered here: the primal by PyTorch's own kernel, the tangent by
-`attention_rule.py`.
+Falcon does, modules that are no transformers models, and models whose code comes with their weights. PyTorch has a
+forward derivative for its slow backend only, and the gradient of that one is NaN where a query sees no key, as in left
+padding (its softmax divides zero by zero). So while a linearized pass is open, the call is answered here: the primal by
+PyTorch's own kernel, the tangent by `attention_rule.py`.
 
 `nn.MultiheadAttention` calls it from inside a torch function, where modes are off. It is asked for its weights instead,
 which it computes by plain operations that differentiate themselves, and the weights are dropped.
