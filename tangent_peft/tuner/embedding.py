@@ -108,8 +108,8 @@ class TangentEmbedding(TangentLayer):
         return self._without_padding(read) if tangent is None else dual(primal, self._without_padding(tangent))
 
     def _without_padding(self, rows: Tensor) -> Tensor:
-        kept = torch.arange(len(rows), device=rows.device) != self.padding_idx
-        return torch.where(kept[:, None], rows, rows.detach())
+        index = torch.arange(len(rows), device=rows.device)[:, None]
+        return torch.where(index.eq(self.padding_idx), rows.detach(), rows)
 
 
 def is_scaled(embedding: nn.Embedding) -> bool:
