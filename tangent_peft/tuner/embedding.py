@@ -101,15 +101,17 @@ class TangentEmbedding(TangentLayer):
 
     def carried_weight(self, weight: Tensor) -> Tensor:
         """As of every layer, without `embed_scale`; the padding token's row gives the tangent no gradient."""
-        read = super().carried_weight(weight)
-        if read is weight or self.padding_idx is None:
+        read, padding = super().carried_weight(weight), self.padding_idx
+        if read is weight or padding is None:
             return read
         primal, tangent = split(read)
-        return self._without_padding(read) if tangent is None else dual(primal, self._without_padding(tangent))
+        return _held(read, padding) if tangent is None else dual(primal, _held(tangent, padding))
 
-    def _without_padding(self, rows: Tensor) -> Tensor:
-        index = torch.arange(len(rows), device=rows.device)[:, None]
-        return torch.where(index.eq(self.padding_idx), rows.detach(), rows)
+
+def _held(rows: Tensor, index: int) -> Tensor:
+    """The same rows (V, D), of which the one at `index` gives no gradient."""
+    held = torch.arange(len(rows), device=rows.device).eq(index)
+    return torch.where(held[:, None], rows.detach(), rows)
 
 
 def is_scaled(embedding: nn.Embedding) -> bool:
