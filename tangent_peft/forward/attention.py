@@ -14,8 +14,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.sdpa_attention import create_position_bias_mask
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -54,8 +56,19 @@ def derive_attention(opened: LinearizedPass) -> None:
         opened.primal_attention[id(config)] = chosen
         config._attn_implementation_internal = NAME
         opened.contexts.callback(_restore, config, chosen)
-    if own_call:
+    torch_attention = any(isinstance(module, nn.MultiheadAttention) for module in opened.modules)
+    if torch_attention and torch.backends.mha.get_fastpath_enabled():  # fused layers without a derivative
+        opened.contexts.callback(torch.backends.mha.set_fastpath_enabled, True)
+        torch.backends.mha.set_fastpath_enabled(False)
+    if own_call or torch_attention or _calls_kernels(opened):
         opened.modes.enter_context(SdpaDerivative())
+
+
+def _calls_kernels(opened: LinearizedPass) -> bool:
+    """Whether there may be calls of `F.scaled_dot_product_attention` past transformers' interface."""
+    if not isinstance(opened.root, PreTrainedModel):
+        return True
+    return any(type(module).__module__.startswith("timm.") for module in opened.modules)
 
 
 def attention_configs(modules: Iterable[nn.Module]) -> list[tuple[Any, bool]]:
@@ -156,6 +169,13 @@ def tangent_attention(
             f"{type(module).__name__} computes its attention mask from hidden states that carry a tangent, and the "
             f"kernel of {chosen!r} takes a fixed mask. Load the model with attn_implementation='eager'."
         )
+    bias = kwargs.get("position_bias")
+    if carries_tangent(bias):
+        raise NotImplementedError(
+            f"The position bias of {type(module).__name__} carries a tangent, and the kernel of {chosen!r} takes a "
+            "fixed one. Take the embedding that it is read from out of `target_modules`, or load the model with "
+            "attn_implementation='eager'."
+        )
     if not (dq is None and dk is None and dv is None):
         _check_kernel(chosen, q, attention_mask, kwargs)
     options = {"scaling": scaling, "dropout": dropout, **kwargs}
@@ -167,6 +187,8 @@ def tangent_attention(
             f"Attention dropout {dropout} in a linearized forward: the kernel does not tell which weights it dropped, "
             "so value and derivative would disagree. Set `attention_dropout=0` in the config or call `model.eval()`."
         )
+    if bias is not None:
+        attention_mask = _with_bias(module, chosen, q, k, attention_mask, bias, kwargs)
     mask = _allowed_keys(attention_mask, k)
     shape = _shape_of(module, chosen, q, k, attention_mask, scaling, kwargs)
     sinks = kwargs.get("s_aux")
@@ -186,6 +208,21 @@ def _primal_attention(
         config._attn_implementation_internal = NAME
 
 
+def _with_bias(
+    module: nn.Module, chosen: str, q: Tensor, k: Tensor, mask: Any, bias: Tensor, kwargs: dict[str, Any]
+) -> Tensor:
+    """The additive mask that stands for `mask` and a position bias (1 or B, H, T, S), as transformers builds it."""
+    if chosen != "sdpa" or not (mask is None or (isinstance(mask, Tensor) and mask.ndim == 4)):
+        raise NotImplementedError(
+            f"{type(module).__name__} adds a learned position bias to its attention, whose derivative is implemented "
+            f"for attn_implementation='sdpa' and 'eager', not for {chosen!r} with this mask. Load the model with one "
+            "of these."
+        )
+    given = kwargs.get("is_causal")
+    causal = (_is_causal(module) if given is None else bool(given)) and mask is None and q.shape[2] > 1
+    return create_position_bias_mask(bias[..., : k.shape[2]], _allowed_keys(mask, k), causal, q, k)
+
+
 def _shape_of(
     module: nn.Module,
     chosen: str,
@@ -195,11 +232,6 @@ def _shape_of(
     scaling: float | None,
     kwargs: dict[str, Any],
 ) -> AttentionShape:
-    if kwargs.get("position_bias") is not None:
-        raise NotImplementedError(
-            f"{type(module).__name__} adds a learned position bias to its attention, whose derivative is not "
-            "implemented for fused kernels. Load the model with attn_implementation='eager'."
-        )
     flash = "flash" in chosen  # these align the last query with the last key, and slide a window at every length
     given = kwargs.get("is_causal")
     causal = _is_causal(module) if given is None else bool(given)

@@ -38,7 +38,7 @@ from tangent_peft.forward.level import (
     refuse_compilation,
     split,
 )
-from tangent_peft.forward.losses import join_at_losses
+from tangent_peft.forward.losses import asks_for_loss, join_at_losses, refuse_linearized_loss
 from tangent_peft.forward.opaque import OpaqueLinear
 from tangent_peft.forward.randomness import random_state, refuse_randomness
 from tangent_peft.forward.replay import replay_blocks, replayable_blocks
@@ -119,7 +119,7 @@ class LinearizedForward:
                 opened.random_state = random_state(_device(root))
             reveal_cross_attention(opened, kwargs.get("past_key_values"))
             if self._ends_at_root:
-                join_at_losses(opened)
+                join_at_losses(opened, args, kwargs)
         except BaseException:
             close_pass(opened)
             raise
@@ -169,7 +169,7 @@ class LinearizedForward:
                 return None
             _check_randomness(running)
             refuse_lost_tangents(args, kwargs, output)
-            return _leave_root(running, output)
+            return _leave_root(running, output, asks_for_loss(root, args, kwargs))
         finally:
             self._guard(False)
             close_pass(running)
@@ -211,20 +211,14 @@ def _check_randomness(running: LinearizedPass) -> None:
         running.random_state = None
 
 
-def _leave_root(running: LinearizedPass, output: Any) -> Any:
+def _leave_root(running: LinearizedPass, output: Any, asked: bool) -> Any:
     """Joins whatever is still dual; a loss must not be, it was then computed on something still being linearized."""
     if isinstance(output, dict) and carries_tangent(output.get("aux_loss")):
         raise NotImplementedError(
             f"{type(running.root).__name__} computed its load-balancing loss (`aux_loss`) on dual router logits; that "
             "is the linearized loss. Call it without `output_router_logits`: the router is frozen."
         )
-    loss = output.get("loss") if isinstance(output, dict) else None
-    if carries_tangent(loss):
-        raise NotImplementedError(
-            f"{type(running.root).__name__} computed its loss on dual logits; that is the linearized loss, not the "
-            "loss of the linearized logits. Call the model without labels and compute the loss from its logits; "
-            "transformers' Trainer does with `compute_loss_func=`."
-        )
+    refuse_linearized_loss(running.root, output, asked)
     return map_tensors(output, join)
 
 

@@ -1,9 +1,12 @@
 """The derivative of `F.scaled_dot_product_attention` where a model calls it itself, past transformers' interface.
 
-Falcon does, and models whose code comes with their weights. PyTorch has a forward derivative for its slow backend only,
-and the gradient of that one is NaN where a query sees no key, as in left padding (its softmax divides zero by zero).
-So while a linearized pass is open, the call is answered here: the primal by PyTorch's own kernel, the tangent by
-`attention_rule.py`.
+Falcon does, modules that are no transformers models, and models whose code comes with their weights. PyTorch has a
+forward derivative for its slow backend only, and the gradient of that one is NaN where a query sees no key, as in left
+padding (its softmax divides zero by zero). So while a linearized pass is open, the call is answered here: the primal by
+PyTorch's own kernel, the tangent by `attention_rule.py`.
+
+`nn.MultiheadAttention` calls it from inside a torch function, where modes are off. It is asked for its weights instead,
+which it computes by plain operations that differentiate themselves, and the weights are dropped.
 
 Seam: a `TorchFunctionMode`, entered for the models that need it only, since every torch call then passes through it.
 Letters: B batch, T queries, S keys, H heads, K key/value heads, E head size.
@@ -11,6 +14,7 @@ Letters: B batch, T queries, S keys, H heads, K key/value heads, E head size.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -31,7 +35,22 @@ class SdpaDerivative(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention and any(map(carries_tangent, (*args, *kwargs.values()))):
             return _attention(*args, **kwargs)
+        if func is F.multi_head_attention_forward:
+            return _multi_head_attention(*args, **kwargs)
         return func(*args, **kwargs)
+
+
+_MULTI_HEAD = inspect.signature(F.multi_head_attention_forward)
+
+
+def _multi_head_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """`F.multi_head_attention_forward` by plain operations where anything in it carries a tangent."""
+    given = _MULTI_HEAD.bind(*args, **kwargs)
+    asked = given.arguments.get("need_weights", True)
+    if any(map(carries_tangent, given.arguments.values())):
+        given.arguments["need_weights"] = True
+    out, weights = F.multi_head_attention_forward(*given.args, **given.kwargs)
+    return out, weights if asked else None
 
 
 def _attention(
@@ -55,7 +74,8 @@ def _attention(
         raise NotImplementedError(
             f"scaled_dot_product_attention got a query of shape {tuple(query.shape)} and a mask that "
             f"{'carries a' if carries_tangent(attn_mask) else 'has no'} tangent; its derivative is implemented for "
-            "(B, H, T, E) and a fixed mask. Load the model with attn_implementation='eager'."
+            "(B, H, T, E) and a fixed mask. Load the model with attn_implementation='eager', or write the attention "
+            "of a module of your own as softmax(QKᵀ)V."
         )
     (q, dq), (k, dk), (v, dv) = split(query), split(key), split(value)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask, is_causal=is_causal, **options)

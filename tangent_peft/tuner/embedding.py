@@ -2,7 +2,8 @@
 
 With one-hot inputs an embedding is the linear map W = Eᵀ (D, V), so its tangent is stored as that of every layer,
 ΔW (D, V) or B (D, r)·A (r, V), and its columns are looked up. The token `padding_idx` has no gradient in torch, and no
-tangent here: its column of ΔW, or of A, is zero. On an embedding that is tied to the head the tangent is the
+tangent here: its column of ΔW, or of A, is zero. Code that reads E instead of calling the embedding (DeBERTa's relative
+positions) gets it with its tangent. On an embedding that is tied to the head the tangent is the
 embedding's alone.
 """
 
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tangent_peft.forward import graft, leave
+from tangent_peft.forward import dual, graft, leave, split
 from tangent_peft.tuner.layer import TangentLayer, itself
 from tangent_peft.tuner.projection import shared_projection
 from tangent_peft.tuner.weights import leaf_weight
@@ -92,9 +93,25 @@ class TangentEmbedding(TangentLayer):
 
     @property
     def weight(self) -> Tensor:
-        """E itself: what reads it instead of calling the embedding is a head that is tied to it."""
-        embedding: Any = self.get_base_layer()
-        return embedding.weight
+        """E with the tangent it carries, for modules that read it; E itself where the reader is a head tied to it."""
+        if self.tangent_tied:
+            embedding: Any = self.get_base_layer()
+            return embedding.weight
+        return super().weight
+
+    def carried_weight(self, weight: Tensor) -> Tensor:
+        """As of every layer, without `embed_scale`; the padding token's row gives the tangent no gradient."""
+        read, padding = super().carried_weight(weight), self.padding_idx
+        if read is weight or padding is None:
+            return read
+        primal, tangent = split(read)
+        return _held(read, padding) if tangent is None else dual(primal, _held(tangent, padding))
+
+
+def _held(rows: Tensor, index: int) -> Tensor:
+    """The same rows (V, D), of which the one at `index` gives no gradient."""
+    held = torch.arange(len(rows), device=rows.device).eq(index)
+    return torch.where(held[:, None], rows.detach(), rows)
 
 
 def is_scaled(embedding: nn.Embedding) -> bool:

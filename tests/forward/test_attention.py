@@ -27,7 +27,7 @@ from tangent_peft.forward import attention as dispatch
 from tangent_peft.forward import attention_rule, split
 from tangent_peft.forward.attention import NAME, tangent_attention
 from tangent_peft.forward.attention_rule import AttentionShape, AttentionTangent
-from tangent_peft.forward.level import close_pass, dual, open_pass
+from tangent_peft.forward.level import close_pass, current_pass, dual, open_pass
 
 
 BATCH, HEADS, QUERIES, SIZE = 2, 4, 7, 5
@@ -336,8 +336,30 @@ def test_what_is_not_implemented_raises(module: nn.Module, monkeypatch: pytest.M
     monkeypatch.setattr(dispatch, "ALL_ATTENTION_FUNCTIONS", accepts_all)
     with pytest.raises(NotImplementedError, match=r"SimpleNamespace.*attn_implementation='sdpa'"):
         tangent_attention(module, *duals, SimpleNamespace())
-    with pytest.raises(NotImplementedError, match=r"position bias.*eager"):
-        tangent_attention(module, *duals, None, position_bias=torch.zeros(1))
+    bias = torch.zeros(1, HEADS, QUERIES, QUERIES, dtype=torch.float64)
+    with pytest.raises(NotImplementedError, match=r"position bias of Module carries a tangent.*target_modules"):
+        tangent_attention(module, *duals, None, position_bias=dual(bias, torch.ones_like(bias)))
+    running = current_pass()
+    assert running is not None
+    running.primal_attention[id(module.config)] = "flash_attention_2"
+    monkeypatch.setattr(dispatch, "ALL_ATTENTION_FUNCTIONS", {"flash_attention_2": accepts_all["sdpa"]})
+    with pytest.raises(NotImplementedError, match=r"learned position bias.*'sdpa' and 'eager'"):
+        tangent_attention(module, *duals, None, position_bias=bias)
+
+
+@pytest.mark.parametrize("case", [Case(causal=True), Case(), Case(mask="bool"), Case(mask="additive per head")])
+def test_a_position_bias_is_an_additive_mask(case: Case) -> None:
+    primals, tangents = dual_qkv()
+    mask, learned = make_mask(case), random(1, HEADS, QUERIES, QUERIES)
+    bias, seen = bias_of(case, mask)
+    expected = jvp(lambda *qkv: reference(case, *qkv, bias + learned, seen, None), tuple(primals), tuple(tangents))
+    with attention_module() as module:
+        duals = [dual(x, t) for x, t in zip(primals, tangents, strict=True)]
+        options = {"is_causal": case.causal, "scaling": SCALE, "position_bias": learned}
+        out, tangent = split(tangent_attention(module, *duals, mask, **options)[0])
+    assert tangent is not None
+    assert_equal(out, expected[0].transpose(1, 2))
+    assert_equal(tangent, expected[1].transpose(1, 2))
 
 
 # ---- in a model --------------------------------------------------------------------------------------------

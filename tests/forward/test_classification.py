@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -204,6 +206,61 @@ def test_a_loss_of_its_own_is_refused() -> None:
     model = get_peft_model(Network(), TangentConfig(target_modules=["first"], init_weights=False))
     with pytest.raises(NotImplementedError, match=r"linearized loss.*compute_loss_func"):
         model(torch.randn(2, 5), torch.tensor([0, 1]))
+
+
+class InATuple(nn.Module):
+    """Returns the loss first, as transformers models do with `return_dict=False`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(5, 7), nn.Linear(7, LABELS)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> tuple[Tensor | None, Tensor]:
+        logits = self.last(self.first(x).tanh()) ** 2
+        return None if labels is None else nn.functional.cross_entropy(logits, labels), logits
+
+
+def test_a_loss_in_a_tuple_is_refused() -> None:
+    model = get_peft_model(InATuple(), TangentConfig(target_modules=["first"], init_weights=False))
+    x, labels = torch.randn(2, 5), torch.tensor([0, 1])
+    for args, kwargs in (((x, labels), {}), ((x,), {"labels": labels})):
+        with pytest.raises(NotImplementedError, match=r"InATuple.*linearized loss.*compute_loss_func"):
+            model(*args, **kwargs)
+    assert model(x)[1].shape == model(x, labels=None)[1].shape == (2, LABELS)
+
+
+@pytest.mark.parametrize("name", ["roberta", "bert"])
+def test_labels_by_position_and_losses_in_a_tuple(name: str) -> None:
+    model, labels, inputs = classifier(name), labels_of(name), batch("right")
+    given = {"labels": labels, "return_dict": False}
+    loss, logits = model(**inputs, **given)
+    assert_equal(loss, nn.functional.cross_entropy(logits, labels))
+    root: Any = model.get_base_model()
+    names = list(inspect.signature(root.forward).parameters)
+    values: list[Any] = [inputs.get(name) for name in names[: names.index("labels")]]
+    assert_equal(root(*values, labels).loss, loss)
+
+
+class Surprise(nn.Module):
+    """A loss module in the middle of a network: how far the first layer is from its input gates the last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.distance = nn.Linear(5, 5), nn.Linear(5, LABELS), nn.MSELoss()
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x)
+        return self.last(hidden) * torch.sigmoid(self.distance(hidden, x))
+
+
+def test_a_loss_in_the_middle_of_a_network_keeps_its_tangent() -> None:
+    network, x = Surprise().double(), torch.randn(2, 5).double()
+    weights = {name: p.detach().clone() for name, p in network.named_parameters()}
+    clean = copy.deepcopy(network)
+    model = get_peft_model(network, TangentConfig(target_modules=["first", "last"], init_weights=False)).double()
+    taus = {name: torch.zeros_like(p) for name, p in weights.items()} | deltas(model)
+    base, change = jvp(lambda weights: functional_call(clean, weights, (x,)), (weights,), (taus,))
+    assert_equal(model(x), base + change)
 
 
 @pytest.mark.parametrize("name", ["llama", "bert", "bert_tokens"])
