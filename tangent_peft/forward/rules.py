@@ -10,7 +10,7 @@ module's backward began (it gathers the weights) or ended (it frees them and red
 * DeepSpeed ZeRO-3 sends them through identity Functions without a `jvp`. The derivative of an identity is the identity:
   the same Function, applied to the tangent, whose backward then fires.
 * Its `F.linear`, installed by `deepspeed.zero.Init`, is a Function without a `jvp` as well: y = W x + b gives ẏ = W ẋ.
-* FSDP2 hooks the outputs of a module that require a gradient, and looks at primals only, which never do.
+* FSDP2 hooks what enters and leaves a module and requires a gradient, and looks at primals only, which never do.
 """
 
 from __future__ import annotations
@@ -113,7 +113,8 @@ def carry_through_engines(opened: LinearizedPass) -> None:
         if linear is not None:
             _give_linear_jvp(vars(linear)["LinearFunctionForZeroStage3"])
     for module in fsdp_modules(opened.modules):
-        opened.contexts.callback(module.register_forward_hook(_hook_tangents).remove)
+        opened.contexts.callback(module.register_forward_pre_hook(_hook_entering, with_kwargs=True).remove)
+        opened.contexts.callback(module.register_forward_hook(_hook_leaving).remove)
 
 
 _ZERO3_FUNCTIONS = ("pre_bwd_fn", "post_bwd_fn")
@@ -149,16 +150,41 @@ def _give_linear_jvp(function: Any) -> None:
     function.setup_context, function.jvp = staticmethod(setup_context), staticmethod(jvp)
 
 
-def _hook_tangents(module: Any, args: Any, output: Any) -> None:
+def _hook_entering(module: Any, args: Any, kwargs: Any) -> Any:
+    """Does to tangents what FSDP2 does to inputs that require a gradient: frees the weights as autograd has passed."""
+    given = [split(x) for x in _with_tangents_that_train((args, kwargs))]
+    if not torch.is_grad_enabled() or not given:
+        return None
+    passed: Any = tuple(tangent for _, tangent in given)
+    groups = vars(sys.modules["torch.distributed.fsdp._fully_shard._fsdp_param_group"])
+    for group in module._get_fsdp_state()._fsdp_param_groups:
+        passed = groups["RegisterPostBackwardFunction"].apply(group, *passed)
+    hooked = iter([dual(primal, tangent) for (primal, _), tangent in zip(given, passed, strict=True)])
+    return map_tensors((args, kwargs), lambda x: next(hooked) if _tangent_trains(x) else x)
+
+
+def _tangent_trains(x: Tensor) -> bool:
+    _, tangent = split(x)
+    return tangent is not None and tangent.requires_grad
+
+
+def _with_tangents_that_train(tree: Any) -> list[Tensor]:
+    """The tensors in a tree along whose tangents autograd will come back."""
+    found: list[Tensor] = []
+
+    def collect(x: Tensor) -> Tensor:
+        if _tangent_trains(x):
+            found.append(x)
+        return x
+
+    map_tensors(tree, collect)
+    return found
+
+
+def _hook_leaving(module: Any, args: Any, output: Any) -> None:
     """Does to tangents what FSDP2 does to outputs that require a gradient: gathers the weights when autograd comes."""
     if not torch.is_grad_enabled():
         return
-    state = module._get_fsdp_state()
-
-    def hook(x: Tensor) -> Tensor:
-        _, tangent = split(x)
-        if tangent is not None and tangent.requires_grad:
-            tangent.register_hook(state._pre_backward)
-        return x
-
-    map_tensors(output, hook)
+    for x in _with_tangents_that_train(output):
+        tangent: Any = split(x)[1]
+        tangent.register_hook(module._get_fsdp_state()._pre_backward)
