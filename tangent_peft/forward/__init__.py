@@ -18,6 +18,7 @@ from tangent_peft.forward.opaque import OpaqueLinear as OpaqueLinear
 from tangent_peft.forward.sharding import call_within as call_within
 from tangent_peft.forward.sharding import full_shape as full_shape
 from tangent_peft.forward.sharding import gathered as gathered
+from tangent_peft.forward.sharding import has_zero3_hooks as has_zero3_hooks
 from tangent_peft.forward.sharding import is_sharded as is_sharded
 from tangent_peft.forward.sharding import leaf_that_gets_gradients as leaf_that_gets_gradients
 from tangent_peft.forward.sharding import whole as whole

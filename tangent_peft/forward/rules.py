@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from tangent_peft.forward.level import LinearizedPass, dual, map_tensors, split
-from tangent_peft.forward.sharding import fsdp_modules
+from tangent_peft.forward.sharding import fsdp_modules, has_zero3_hooks
 
 
 # ---- Functions of transformers' models -------------------------------------------------------------------------------
@@ -104,7 +104,7 @@ def _derive_kernels(opened: LinearizedPass, homes: set[str]) -> None:
 
 def carry_through_engines(opened: LinearizedPass) -> None:
     """Lets tangents pass the hooks of the engine that shards `opened.root`, if there is one, until the pass closes."""
-    if "pre_bwd_fn" in vars(opened.root):  # DeepSpeed gives each module two Functions of its own
+    if has_zero3_hooks(opened.root):
         for module in opened.modules:
             for name in _ZERO3_FUNCTIONS:
                 if name in vars(module):

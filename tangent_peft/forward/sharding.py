@@ -21,6 +21,11 @@ def is_sharded(parameter: Tensor) -> bool:
     return isinstance(parameter, DTensor) or "ds_id" in vars(parameter)
 
 
+def has_zero3_hooks(module: nn.Module) -> bool:
+    """Whether DeepSpeed ZeRO-3 gave this module its hooks, with two Functions of their own."""
+    return "pre_bwd_fn" in vars(module)
+
+
 def full_shape(parameter: Tensor) -> torch.Size:
     """The shape of the whole parameter."""
     return vars(parameter).get("ds_shape", parameter.shape)

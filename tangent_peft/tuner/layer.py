@@ -16,7 +16,17 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from tangent_peft.forward import call_within, current_pass, deposit, dual, graft, is_replaying, leave, split
+from tangent_peft.forward import (
+    call_within,
+    current_pass,
+    deposit,
+    dual,
+    graft,
+    has_zero3_hooks,
+    is_replaying,
+    leave,
+    split,
+)
 from tangent_peft.tuner.guard import GuardedWeight
 from tangent_peft.tuner.holder import TangentHolder
 from tangent_peft.tuner.weights import TangentFactors, leaf_weight
@@ -133,9 +143,12 @@ class TangentLayer(TangentHolder):
         return self.base_layer(primal, *args, **kwargs), self._linear_part(tangent)
 
     def is_hooked(self) -> bool:
-        """Whether someone has hooks on the base layer, such as a steering vector: they are for the primal alone."""
-        hooks = vars(self.get_base_layer())
-        return bool(hooks["_forward_hooks"] or hooks["_forward_pre_hooks"])
+        """Whether someone has hooks on the base layer, such as a steering vector: they are for the primal alone.
+
+        Those of an engine, which gather the weight, are for the tangent as well.
+        """
+        base = self.get_base_layer()
+        return bool(base._forward_hooks or base._forward_pre_hooks) and not has_zero3_hooks(base)
 
     def carried_weight(self, weight: Tensor) -> Tensor:
         """What stands for the base weight where something other than this layer reads it.

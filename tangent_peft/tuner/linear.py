@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from tangent_peft.forward import call_within, is_sharded
+from tangent_peft.forward import call_within
 from tangent_peft.tuner.layer import TangentLayer
 
 
@@ -29,8 +29,7 @@ class TangentLinear(TangentLayer):
         super().__init__(base_layer, base_layer.in_features, base_layer.out_features, layer_name)
 
     def _linear_part(self, x: Tensor) -> Tensor:
-        plain = not self.is_hooked() or is_sharded(self.base_layer.weight)  # engines' hooks gather the weight
-        if self.base_layer.bias is None and plain:
+        if self.base_layer.bias is None and not self.is_hooked():
             return self.base_layer(x)
         return call_within([self.base_layer], lambda x: F.linear(x, self.base_layer.weight), x)
 
