@@ -150,6 +150,11 @@ def model_size(config: PreTrainedConfig, axis: TangentConfig, experts: bool = Fa
         ValueError: if the model has no list of blocks or no head, or is not a decoder that transformers knows.
     """
     auto: Any = AutoModelForCausalLM
+    if type(config) not in auto._model_mapping:
+        raise ValueError(
+            f"`{config.model_type}` is no causal language model of transformers; only those can be counted. Of a "
+            "vision-language model give the config of its text decoder."
+        )
     with torch.device("meta"):
         model = auto.from_config(config)
     return count_model(model, axis, experts)
@@ -160,6 +165,7 @@ def count_model(model: nn.Module, axis: TangentConfig, experts: bool = False) ->
     found, head = find_blocks(model, axis.layers_pattern), head_name(model)
     if found is None or head is None:
         raise ValueError(f"{type(model).__name__} has no list of blocks, or no LM head: its costs are not known.")
+    _refuse_states(model, found[0])
     if axis.target_modules is None or axis.target_modules == "all-linear":
         axis = copy.copy(axis)  # completed here; the caller's is its own
         axis.target_modules = default_targets(model, axis)  # type: ignore[assignment]
@@ -181,6 +187,15 @@ def count_model(model: nn.Module, axis: TangentConfig, experts: bool = False) ->
         kv_heads=int(reader.options.get("num_key_value_heads") or heads),
         head_size=int(reader.options.get("head_dim") or embedding.weight.shape[1] // heads),
     )
+
+
+def _refuse_states(model: nn.Module, blocks: str) -> None:
+    """Refuses blocks with convolutional or recurrent states (Mamba, LFM2, …): what they hold in a step is not known."""
+    if any(isinstance(module, nn.Conv1d) for module in model.get_submodule(blocks).modules()):
+        raise ValueError(
+            f"{type(model).__name__} has blocks that convolve instead of softmax attention, and what these hold in a "
+            "training step is not known here. Costs can be told of decoders with attention in every block."
+        )
 
 
 def _sides(module: Any) -> tuple[int, int]:

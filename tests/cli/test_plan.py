@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 from conftest import build
+from transformers import AutoConfig
 
+from tangent_peft import TangentConfig
 from tangent_peft.cli.main import main
 from tangent_peft.cli.plan import PlanOptions, make_plan, packaged_models, parse_bytes, read_config
+from tangent_peft.train.sizes import model_size
 
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -105,7 +108,11 @@ def test_bad_input_is_named(arguments: list[str], message: str, capsys: pytest.C
 
 
 def test_files_that_are_no_config_are_named(tmp_path: Path) -> None:
-    for text, words in (("{", "not JSON"), ("{}", "model_type"), ('{"model_type": "t5"}', "T5Config")):
+    for text, words in (
+        ("{", "not JSON"),
+        ("{}", "model_type"),
+        ('{"model_type": "t5"}', "`t5` is no causal language model"),
+    ):
         file = tmp_path / "config.json"
         file.write_text(text)
         with pytest.raises(ValueError, match=words):
@@ -129,3 +136,17 @@ def test_the_tables_of_the_page_are_those_of_the_command() -> None:
     page = tables.PAGE.read_text(encoding="utf-8")
     assert len(tables.MARKED.findall(page)) == len(tables.TABLES)
     assert tables.filled(page) == page, "run: python examples/scaling_tables.py --write"
+
+
+@pytest.mark.parametrize("kind", ["mamba", "jamba", "lfm2"])
+def test_decoders_without_attention_in_every_block_are_named(kind: str) -> None:
+    config = AutoConfig.for_model(kind, num_hidden_layers=4)
+    if kind == "lfm2":
+        config.layer_types = ["conv", "conv", "full_attention", "conv"]
+    with pytest.raises(ValueError, match=r"blocks that convolve.*not known"):
+        model_size(config, TangentConfig())
+
+
+def test_what_is_no_causal_language_model_is_named() -> None:
+    with pytest.raises(ValueError, match=r"`llava` is no causal language model.*text decoder"):
+        model_size(AutoConfig.for_model("llava"), TangentConfig())
