@@ -162,6 +162,20 @@ def _seed() -> Iterator[None]:
     yield
 
 
+SHORT_RUN: dict[str, Any] = {
+    "per_device_train_batch_size": 4,
+    "max_steps": 3,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "use_cpu": True,
+    "bf16": False,
+    "beta": 0.5,
+    "disable_tqdm": True,
+    "dataloader_pin_memory": False,
+}
+
+
 @pytest.fixture
 def make_trainer(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, pairs: list[dict[str, Any]]) -> Callable[..., Any]:
     """Makes a trainer of three short steps on the tiny Llama; every argument can be replaced."""
@@ -169,19 +183,7 @@ def make_trainer(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, pairs: list
     def make(
         model: Any = None, peft_config: Any = None, train_dataset: Any = None, extra: Any = None, **options: Any
     ) -> TangentDPOTrainer:
-        arguments = {
-            "output_dir": str(tmp_path / "run"),
-            "per_device_train_batch_size": 4,
-            "max_steps": 3,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "use_cpu": True,
-            "bf16": False,
-            "beta": 0.5,
-            "disable_tqdm": True,
-            "dataloader_pin_memory": False,
-        }
+        arguments = {**SHORT_RUN, "output_dir": str(tmp_path / "run")}
         return TangentDPOTrainer(
             model=build("llama") if model is None else model,
             args=TangentDPOConfig(**{**arguments, **options}),

@@ -46,21 +46,18 @@ class TangentEmbedding(TangentLayer):
     ) -> tuple[Tensor, Tensor | None]:
         return self.base_layer(primal, *args, **kwargs), None
 
-    def _apply_tangent(self, x: Tensor, carried: dict[str, float]) -> Tensor:
-        """Σ λᵢ ΔEᵢ[ids] (…, D) of token ids x (…), scaled as the embedding is."""
-        return self._looked_up(x, carried)
-
-    def _looked_up(
-        self, ids: Tensor, carried: dict[str, float], through: Callable[[Tensor], Tensor] = itself
+    def _apply_tangent(
+        self, x: Tensor, carried: dict[str, float], through: Callable[[Tensor], Tensor] = itself
     ) -> Tensor:
+        """Σ λᵢ ΔEᵢ[ids] (…, D) of token ids x (…), scaled as the embedding is."""
         total = None
         for name, scale in carried.items():
             factors = self.factors(name, scale, through)
             if factors.dense is not None:
-                term = F.embedding(ids, factors.dense.mT, self.padding_idx)
+                term = F.embedding(x, factors.dense.mT, self.padding_idx)
             else:
                 assert factors.b is not None and factors.a is not None
-                term = F.linear(F.embedding(ids, factors.a.mT, self.padding_idx), factors.b)
+                term = F.linear(F.embedding(x, factors.a.mT, self.padding_idx), factors.b)
             total = term if total is None else total + term
         assert total is not None
         factor = self.scale
@@ -68,7 +65,7 @@ class TangentEmbedding(TangentLayer):
 
     def _replay(self, x: Tensor, carried: dict[str, float], *args: Any, **kwargs: Any) -> Tensor:
         y = self.base_layer(x, *args, **kwargs)
-        return graft(y, self._looked_up(x, carried, leave).to(y.dtype))
+        return graft(y, self._apply_tangent(x, carried, leave).to(y.dtype))
 
     def _layout(self, delta: Tensor) -> Tensor:
         return delta.mT

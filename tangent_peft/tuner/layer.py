@@ -228,7 +228,7 @@ class TangentLayer(TangentHolder):
 
     @property
     def weight(self) -> Tensor:
-        """The base layer's weight with the tangent it carries, for modules that read it instead of calling the layer.
+        """What a module finds that reads the weight instead of calling the layer: `carried_weight`.
 
         The weight of a head is the exception, since the tangent has to end in a call of it: in a pass that one tells
         its dtype, device and shape, and raises `RuntimeError` on use.

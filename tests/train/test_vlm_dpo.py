@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cases import config
+from conftest import SHORT_RUN
 from datasets import Dataset
 from peft import PeftModel
 from tolerances import assert_equal, relative_error
@@ -31,19 +32,7 @@ def vlm_trainer(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> Callable[
     def make(
         name: str = "llava", model: Any = None, peft_config: Any = None, collator: Any = None, **options: Any
     ) -> TangentDPOTrainer:
-        arguments = {
-            "output_dir": str(tmp_path / "run"),
-            "per_device_train_batch_size": 2,
-            "max_steps": 3,
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "use_cpu": True,
-            "bf16": False,
-            "beta": 0.5,
-            "disable_tqdm": True,
-            "dataloader_pin_memory": False,
-        }
+        arguments = {**SHORT_RUN, "output_dir": str(tmp_path / "run"), "per_device_train_batch_size": 2}
         return TangentDPOTrainer(
             model=build_vlm(name) if model is None else model,
             args=TangentDPOConfig(**{**arguments, **options}),
