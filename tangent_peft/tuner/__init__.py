@@ -1,6 +1,7 @@
 """The PEFT method: configuration, wrapped layers, the tuner with its λ, exports. Importing it registers the method."""
 
 from tangent_peft.tuner.axes import axis_norm as axis_norm
+from tangent_peft.tuner.axes import tangent_tuner as tangent_tuner
 from tangent_peft.tuner.config import TangentConfig as TangentConfig
 from tangent_peft.tuner.embedding import TangentEmbedding as TangentEmbedding
 from tangent_peft.tuner.experts import TangentExperts as TangentExperts
@@ -11,7 +12,6 @@ from tangent_peft.tuner.linear import TangentLinear as TangentLinear
 from tangent_peft.tuner.linearity import LinearityGap as LinearityGap
 from tangent_peft.tuner.linearity import linearity_gap as linearity_gap
 from tangent_peft.tuner.model import TangentModel as TangentModel
-from tangent_peft.tuner.model import tangent_tuner as tangent_tuner
 from tangent_peft.tuner.registration import register
 
 

@@ -1,10 +1,6 @@
-"""λ: activating a mix of axes live, storing it as an adapter, reading it, restoring it.
+"""λ, live: activating a mix of axes, reading it, restoring it.
 
-Live, a mix is one number per axis and layer; no weight is touched. Stored, Σ λᵢ τᵢ becomes a tangent of its own:
-
-    shared projection, same seed and rank:   (Σ λᵢ Bᵢ) · A             rank r, exact
-    otherwise, all low rank:                 [λ₁B₁ … λₖBₖ] · [A₁; …; Aₖ]   rank Σ rᵢ, exact
-    one of them dense:                       Σ λᵢ ΔWᵢ                  dense, exact
+A live mix is one number per axis and layer; no weight is touched. `stored.py` makes an adapter of a mix.
 """
 
 from __future__ import annotations
@@ -14,24 +10,38 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from tangent_peft.forward import gathered, whole
-from tangent_peft.tuner.config import TangentConfig
-from tangent_peft.tuner.experts import TangentExperts
 from tangent_peft.tuner.layer import TangentLayer
-from tangent_peft.tuner.weights import TangentFactors, leaf_weight
+from tangent_peft.tuner.weights import TangentFactors
 
 
 if TYPE_CHECKING:
-    from tangent_peft.tuner.model import TangentModel
+    from tangent_peft.tuner.verbs import AxisVerbs
 
 SAFE_WEIGHT = 3.0  # TS-DPO reports that mixes break down beyond |λ| ≈ 3
+
+
+def tangent_tuner(model: nn.Module) -> AxisVerbs:
+    """The tuner inside a `PeftModel`, or itself.
+
+    Raises:
+        TypeError: if the model carries no tangent axes.
+    """
+    tuner = model.base_model if isinstance(model, PeftModel) else model
+    if not isinstance(tuner, BaseTuner) or tuner.tuner_layer_cls is not TangentLayer:
+        raise TypeError(
+            f"Expected a PeftModel made with TangentConfig, found {type(model).__name__}. Wrap the model with "
+            "`get_peft_model(model, TangentConfig(...))` or load axes with `PeftModel.from_pretrained`."
+        )
+    return cast("AxisVerbs", tuner)
 
 
 def tangent_layers(model: nn.Module) -> Iterator[TangentLayer]:
@@ -52,7 +62,7 @@ def _square_norm(layer: TangentLayer, axis: str) -> Tensor:
         return TangentFactors(**factors).square_norm()
 
 
-def check_weights(tuner: TangentModel, weights: Mapping[str, float]) -> dict[str, float]:
+def check_weights(tuner: AxisVerbs, weights: Mapping[str, float]) -> dict[str, float]:
     """The mix as plain floats.
 
     Raises:
@@ -86,7 +96,7 @@ def _as_number(weight: object) -> float:
         return math.nan
 
 
-def check_unmerged(tuner: TangentModel) -> None:
+def check_unmerged(tuner: AxisVerbs) -> None:
     """Raises a `ValueError` if axes are merged into the base weights."""
     merged = sorted({name for layer in tangent_layers(tuner.model) for name in layer.merged_adapters})
     if merged:
@@ -96,7 +106,7 @@ def check_unmerged(tuner: TangentModel) -> None:
         )
 
 
-def refuse_saved_modules(tuner: TangentModel, weights: Mapping[str, float]) -> None:
+def refuse_saved_modules(tuner: AxisVerbs, weights: Mapping[str, float]) -> None:
     """Raises a `ValueError` if an axis keeps modules of its own, to which no λ applies."""
     for name in weights:
         extra = tuner.peft_config[name].modules_to_save
@@ -107,7 +117,7 @@ def refuse_saved_modules(tuner: TangentModel, weights: Mapping[str, float]) -> N
             )
 
 
-def check_saved_modules(tuner: TangentModel, weights: Mapping[str, float]) -> None:
+def check_saved_modules(tuner: AxisVerbs, weights: Mapping[str, float]) -> None:
     """Refuses a λ that modules which an axis keeps (`modules_to_save`) can not follow: they are on or off.
 
     Raises:
@@ -130,8 +140,8 @@ def check_saved_modules(tuner: TangentModel, weights: Mapping[str, float]) -> No
             )
 
 
-def activate(tuner: TangentModel, weights: Mapping[str, float]) -> None:
-    """Makes `weights` the active mix; see `TangentModel.combine_axes`. The axes are frozen, as for inference."""
+def activate(tuner: AxisVerbs, weights: Mapping[str, float]) -> None:
+    """Makes `weights` the active mix; see `AxisVerbs.combine_axes`. The axes are frozen, as for inference."""
     checked = check_weights(tuner, weights)
     check_unmerged(tuner)
     check_saved_modules(tuner, checked)
@@ -139,7 +149,7 @@ def activate(tuner: TangentModel, weights: Mapping[str, float]) -> None:
     set_scaling(tuner, checked)
 
 
-def set_active(tuner: TangentModel, names: str | list[str], inference_mode: bool = False) -> None:
+def set_active(tuner: AxisVerbs, names: str | list[str], inference_mode: bool = False) -> None:
     """Activates adapters as PEFT does, and none of them for an empty list, which PEFT refuses to saved modules."""
     if names:
         BaseTuner.set_adapter(tuner, names, inference_mode=inference_mode)
@@ -150,13 +160,13 @@ def set_active(tuner: TangentModel, names: str | list[str], inference_mode: bool
     tuner.active_adapter = []
 
 
-def set_scaling(tuner: TangentModel, weights: Mapping[str, float]) -> None:
+def set_scaling(tuner: AxisVerbs, weights: Mapping[str, float]) -> None:
     """λ as given; 1 for every other axis, so that no weight of an earlier mix comes back when PEFT activates it."""
     for layer in tangent_layers(tuner.model):
         layer.tangent_scaling.update({name: weights.get(name, 1.0) for name in layer.tangent_scaling})
 
 
-def active_weights(tuner: TangentModel) -> dict[str, float]:
+def active_weights(tuner: AxisVerbs) -> dict[str, float]:
     """λ of the active axes, those at 0 included; empty while adapters are disabled."""
     weights: dict[str, float] = {}
     for layer in tangent_layers(tuner.model):
@@ -202,7 +212,7 @@ def restore_training(before: Snapshot) -> None:
 
 
 @contextmanager
-def preserved(tuner: TangentModel) -> Iterator[None]:
+def preserved(tuner: AxisVerbs) -> Iterator[None]:
     """Restores the active axes, their λ and what trains at the end of the block.
 
     If the axes that were active have been deleted inside, what is active instead stays; never the base alone.
@@ -220,8 +230,8 @@ def preserved(tuner: TangentModel) -> Iterator[None]:
         restore_training(before)
 
 
-def delete(tuner: TangentModel, adapter_name: str) -> None:
-    """Deletes an axis; see `TangentModel.delete_adapter`."""
+def delete(tuner: AxisVerbs, adapter_name: str) -> None:
+    """Deletes an axis; see `AxisVerbs.delete_adapter`."""
     if adapter_name not in tuner.peft_config:
         raise ValueError(
             f"Unknown axis {adapter_name!r}; this model has {sorted(tuner.peft_config)}. Name one of them to delete."
@@ -243,113 +253,6 @@ def delete(tuner: TangentModel, adapter_name: str) -> None:
         restore_training(before)
 
 
-def trained_axes(tuner: TangentModel) -> set[str]:
+def trained_axes(tuner: AxisVerbs) -> set[str]:
     """The axes of which a tangent trains, or will once the adapters are enabled again."""
     return {name for layer in tangent_layers(tuner.model) for name in layer.trained_adapters()}
-
-
-# ---- storing a mix ---------------------------------------------------------------------------------------------------
-
-
-def store(tuner: TangentModel, weights: Mapping[str, float], adapter_name: str) -> None:
-    """Adds the adapter `adapter_name` with tangent Σ λᵢ τᵢ; see `TangentModel.combine_axes`."""
-    checked = check_weights(tuner, weights)
-    if adapter_name in tuner.peft_config:
-        raise ValueError(
-            f"An axis named {adapter_name!r} exists already. Choose another name, or delete it first with "
-            f"`model.delete_adapter({adapter_name!r})`."
-        )
-    if not checked:
-        raise ValueError("A stored mix needs at least one axis; the mix given is empty.")
-    refuse_saved_modules(tuner, checked)
-    with torch.no_grad():
-        mixed = _uniform(mix_factors(tuner, checked))
-    with preserved(tuner):
-        tuner.peft_config[adapter_name] = _mixed_config(tuner, checked, mixed)
-        try:
-            tuner.inject_adapter(tuner.model, adapter_name)
-        except Exception:
-            del tuner.peft_config[adapter_name]
-            raise
-        for layer in tangent_layers(tuner.model):
-            if layer.layer_name in mixed:
-                _fill(layer, adapter_name, mixed[layer.layer_name])
-    tuner.set_requires_grad(adapter_name, False)
-
-
-def mix_factors(tuner: TangentModel, weights: Mapping[str, float]) -> dict[str, TangentFactors]:
-    """Σ λᵢ τᵢ of every layer that carries one of the axes, by layer name; factors as in the table above."""
-    mixed = {}
-    for layer in tangent_layers(tuner.model):
-        present = {name: scale for name, scale in weights.items() if name in layer.tangent_r}
-        if present:
-            mixed[layer.layer_name] = _mix_layer(layer, present)
-    return mixed
-
-
-def _mix_layer(layer: TangentLayer, weights: Mapping[str, float]) -> TangentFactors:
-    if any(layer.tangent_r[name] is None for name in weights):
-        return TangentFactors(dense=sum(layer.delta(name, scale) for name, scale in weights.items()))  # type: ignore[arg-type]
-    factors = [layer.factors(name, scale) for name, scale in weights.items()]
-    bs, projections = [f.b for f in factors if f.b is not None], [f.a for f in factors if f.a is not None]
-    if len(factors) == 1 or _common_projection(layer, weights) is not None:
-        return TangentFactors(b=sum(bs[1:], start=bs[0]), a=projections[0])
-    leading = torch.broadcast_shapes(*(a.shape[:-2] for a in projections))
-    return TangentFactors(
-        b=torch.cat(bs, dim=-1), a=torch.cat([a.expand(*leading, *a.shape[-2:]) for a in projections], dim=-2)
-    )
-
-
-def _common_projection(layer: TangentLayer, weights: Mapping[str, float]) -> tuple[int, int] | None:
-    """Seed and rank of the projection that all of these axes share at this layer; `None` if they share none."""
-    keys = {layer.tangent_key.get(name) for name in weights if name in layer.tangent_r}
-    return keys.pop() if len(keys) == 1 else None
-
-
-def _uniform(mixed: Mapping[str, TangentFactors]) -> dict[str, TangentFactors]:
-    """Dense at every layer if it is at one: an adapter has one form of τ."""
-    if all(factors.dense is None for factors in mixed.values()):
-        return dict(mixed)
-    return {name: TangentFactors(dense=factors.product()) for name, factors in mixed.items()}
-
-
-def _mixed_config(
-    tuner: TangentModel, weights: Mapping[str, float], mixed: Mapping[str, TangentFactors]
-) -> TangentConfig:
-    sources = [tuner.peft_config[name] for name in weights]
-    if len({source.linearize for source in sources}) > 1:
-        raise ValueError(
-            f"Axes { {name: tuner.peft_config[name].linearize for name in weights} } (linearize) can not be stored as "
-            "one: one adapter either is linearized or adds its weights."
-        )
-    ranks = {name: factors.a.shape[-2] for name, factors in mixed.items() if factors.a is not None}
-    r = max(ranks.values(), default=None)
-    keys = [_common_projection(layer, weights) for layer in tangent_layers(tuner.model) if layer.layer_name in mixed]
-    seeds = {None if key is None else key[0] for key in keys}
-    shared = len(seeds) == 1 and None not in seeds
-    fused = {layer.layer_name for layer in tangent_layers(tuner.model) if isinstance(layer, TangentExperts)}
-    return TangentConfig(
-        r=r,
-        projection="shared" if r is None or shared else "trained",
-        projection_seed=seeds.pop() if shared else 0,  # type: ignore[arg-type]
-        num_layers=None,
-        lm_head=False,
-        target_modules=sorted(set(mixed) - fused),
-        target_parameters=sorted(set(mixed) & fused) or None,
-        rank_pattern={name.replace(".", r"\."): k for name, k in ranks.items() if k != r},
-        linearize=sources[0].linearize,
-        task_type=sources[0].task_type,
-        base_model_name_or_path=sources[0].base_model_name_or_path,
-        base_fingerprint=sources[0].base_fingerprint,
-    )
-
-
-def _fill(layer: TangentLayer, adapter_name: str, factors: TangentFactors) -> None:
-    """Copies the mixed factors into the adapter's parameters."""
-    targets = {"tangent_delta": factors.dense, "tangent_B": factors.b, "tangent_A": factors.a}
-    for attribute, value in targets.items():
-        holder = layer.get_submodule(attribute)
-        if isinstance(holder, nn.ModuleDict) and adapter_name in holder and value is not None:
-            weight = leaf_weight(holder, adapter_name)
-            copied = value.detach().to(weight.device).expand(weight.shape).clone()
-            holder[adapter_name].weight = nn.Parameter(copied, requires_grad=False)

@@ -19,16 +19,17 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tangent_peft.tuner.axes import active_weights, check_weights, mix_factors, refuse_saved_modules, tangent_layers
+from tangent_peft.tuner.axes import active_weights, check_weights, refuse_saved_modules, tangent_layers
 from tangent_peft.tuner.backends import unpack_state
 from tangent_peft.tuner.experts import TangentExperts
 from tangent_peft.tuner.lora_format import lora_state
 from tangent_peft.tuner.registration import PREFIX
+from tangent_peft.tuner.stored import mix_factors
 from tangent_peft.tuner.weights import TangentFactors
 
 
 if TYPE_CHECKING:
-    from tangent_peft.tuner.model import TangentModel
+    from tangent_peft.tuner.verbs import AxisVerbs
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class LoraExport:
 
 
 def export_merged(
-    tuner: TangentModel, path: Path, weights: Mapping[str, float] | None, tokenizer: PreTrainedTokenizerBase | None
+    tuner: AxisVerbs, path: Path, weights: Mapping[str, float] | None, tokenizer: PreTrainedTokenizerBase | None
 ) -> None:
     """Saves the network at θ(λ) as an ordinary transformers model; the model in memory is not changed.
 
@@ -97,14 +98,14 @@ def export_merged(
         tokenizer.save_pretrained(path)
 
 
-def _chosen(tuner: TangentModel, weights: Mapping[str, float] | None) -> dict[str, float]:
+def _chosen(tuner: AxisVerbs, weights: Mapping[str, float] | None) -> dict[str, float]:
     if any(layer.merged for layer in tangent_layers(tuner.model)):
         raise ValueError("Axes are merged into the base weights. Call `model.unmerge_adapter()` before exporting.")
     return check_weights(tuner, active_weights(tuner) if weights is None else weights)
 
 
 @torch.no_grad()
-def _merged_state(tuner: TangentModel, base: PreTrainedModel, weights: Mapping[str, float]) -> dict[str, Tensor]:
+def _merged_state(tuner: AxisVerbs, base: PreTrainedModel, weights: Mapping[str, float]) -> dict[str, Tensor]:
     """The base model's state dict at θ(λ), under its original names; untouched tensors are shared, not copied."""
     state = {
         name.replace(".base_layer", "").replace(".original_module", ""): value
@@ -124,7 +125,7 @@ def _merged_state(tuner: TangentModel, base: PreTrainedModel, weights: Mapping[s
     return state
 
 
-def export_lora(tuner: TangentModel, path: Path, weights: Mapping[str, float] | None, rank: int | None) -> LoraExport:
+def export_lora(tuner: AxisVerbs, path: Path, weights: Mapping[str, float] | None, rank: int | None) -> LoraExport:
     """Saves θ(λ) − θ₀ as a LoRA directory that stock PEFT loads without this package.
 
     Args:
@@ -176,7 +177,7 @@ def export_lora(tuner: TangentModel, path: Path, weights: Mapping[str, float] | 
     return LoraExport(path, r, error)
 
 
-def _warn_of_tied_head(tuner: TangentModel, exported: Mapping[str, object]) -> None:
+def _warn_of_tied_head(tuner: AxisVerbs, exported: Mapping[str, object]) -> None:
     for layer in tangent_layers(tuner.model):
         if layer.tangent_tied and layer.layer_name in exported:
             kind, other = layer.tied_kinds()

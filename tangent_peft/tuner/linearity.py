@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tangent_peft.tuner.model import TangentModel, tangent_tuner
+from tangent_peft.tuner.axes import tangent_tuner
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def linearity_gap(model: torch.nn.Module, batches: Iterable[Mapping[str, Tensor]
     Raises:
         TypeError: if the model carries no tangent axes.
     """
-    tuner: TangentModel = tangent_tuner(model)
+    tuner = tangent_tuner(model)
     weights = tuner.axis_weights
     sums = torch.zeros(3, dtype=torch.float64)
     tokens = 0

@@ -1,29 +1,26 @@
 """`TangentModel`: the PEFT tuner that wraps a model's layers and makes its forward a linearized pass.
 
-It inherits every ordinary verb from PEFT's `BaseTuner` and adds λ (`combine_axes`, `axes`), the choice of evaluation
-(`linearized`) and the exports, each of which lives in a file of its own. Knows no trainer.
+It inherits every ordinary verb from PEFT's `BaseTuner`, and from `AxisVerbs` those that axes add: λ, the choice of
+evaluation, the exports. Knows no trainer.
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.integrations import init_empty_weights
 from peft.utils.other import ModulesToSaveWrapper, _get_submodules, get_pattern_key
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from tangent_peft.forward import LinearizedForward, check_support
 from tangent_peft.forward.opaque import check_unreadable
-from tangent_peft.tuner import axes, export
+from tangent_peft.tuner import axes
 from tangent_peft.tuner.backends import activation_dtype, opaque_layers, requantizer
 from tangent_peft.tuner.config import TangentConfig
 from tangent_peft.tuner.dispatch import wrap_layer
@@ -48,16 +45,16 @@ from tangent_peft.tuner.targets import (
     save_task_head,
     warn_of_encoders,
 )
+from tangent_peft.tuner.verbs import AxisVerbs
 
 
-class TangentModel(BaseTuner):
+class TangentModel(AxisVerbs):
     """Wraps a model so that each adapter is a preference axis in its tangent space (TS-DPO, arXiv 2602.01128).
 
     Made by `peft.get_peft_model(model, TangentConfig(...), adapter_name="help")`, which returns a `PeftModel` around
     it; all methods here are reached through that `PeftModel`.
     """
 
-    peft_config: dict[str, TangentConfig]  # type: ignore[assignment]  # PEFT lets no other method in beside it
     prefix = PREFIX
     tuner_layer_cls = TangentLayer
     target_module_mapping: dict[str, Any] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -241,98 +238,6 @@ class TangentModel(BaseTuner):
         model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
         restore_forward(model)
         return model
-
-    # ---- axes --------------------------------------------------------------------------------------------------
-
-    def combine_axes(self, weights: Mapping[str, float], adapter_name: str | None = None) -> None:
-        """Mixes axes by number: θ(λ) = θ₀ + Σ λᵢ τᵢ (TS-DPO).
-
-        Args:
-            weights: λ by axis name; axes not named are off, and `{}` is the base model.
-            adapter_name: without it the mix is active from now on and no weight is touched. With it the mix is stored
-                as a new adapter of that name (at λ = 1, not activated): of the same rank for shared projections, of the
-                sum of the ranks for trained ones, dense if one of the axes is.
-
-        Raises:
-            ValueError: for an unknown axis, a λ that is not finite, a name that is taken, a merged model.
-        """
-        if adapter_name is None:
-            axes.activate(self, weights)
-        else:
-            axes.store(self, weights, adapter_name)
-
-    @property
-    def axis_weights(self) -> dict[str, float]:
-        """λ of the active axes; empty while adapters are disabled."""
-        return axes.active_weights(self)
-
-    @contextmanager
-    def axes(self, weights: Mapping[str, float] | None = None, /, **named: float) -> Iterator[None]:
-        """Mixes axes for the duration of a `with` block: `with model.axes(help=1.0, verb=-0.5):`.
-
-        Raises:
-            ValueError: as `combine_axes`, and for an axis given twice, by mapping and by keyword.
-        """
-        twice = sorted(set(weights or {}) & set(named))
-        if twice:
-            raise ValueError(f"Axes {twice} are given twice, in the mapping and as keywords. Give each one λ.")
-        with axes.preserved(self):
-            axes.activate(self, {**(weights or {}), **named})
-            yield
-
-    @contextmanager
-    def linearized(self, flag: bool = True) -> Iterator[None]:
-        """Chooses the evaluation for the duration of a `with` block, whatever the adapters' configuration says.
-
-        Args:
-            flag: `True`: f_lin. `False`: the ordinary network at the weights θ(λ), without merging them.
-        """
-        before = self._forced()
-        self._force(flag)
-        try:
-            yield
-        finally:
-            self._force(before)
-
-    def _forced(self) -> bool | None:
-        """The evaluation that a surrounding `linearized(...)` chose, the same at every layer."""
-        return next((layer.tangent_forced for layer in axes.tangent_layers(self.model)), None)
-
-    def _force(self, flag: bool | None) -> None:
-        for layer in axes.tangent_layers(self.model):
-            layer.tangent_forced = flag
-
-    # ---- exports -----------------------------------------------------------------------------------------------
-
-    def export_merged(
-        self,
-        path: str | Path,
-        weights: Mapping[str, float] | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-    ) -> None:
-        """Saves the ordinary network at θ(λ); see `tangent_peft.tuner.export.export_merged`."""
-        export.export_merged(self, Path(path), weights, tokenizer)
-
-    def export_lora(
-        self, path: str | Path, weights: Mapping[str, float] | None = None, rank: int | None = None
-    ) -> export.LoraExport:
-        """Saves θ(λ) − θ₀ as a plain LoRA; see `tangent_peft.tuner.export.export_lora`."""
-        return export.export_lora(self, Path(path), weights, rank)
-
-
-def tangent_tuner(model: nn.Module) -> TangentModel:
-    """The `TangentModel` inside a `PeftModel`, or itself.
-
-    Raises:
-        TypeError: if the model carries no tangent axes.
-    """
-    tuner = model.base_model if isinstance(model, PeftModel) else model
-    if not isinstance(tuner, TangentModel):
-        raise TypeError(
-            f"Expected a PeftModel made with TangentConfig, found {type(model).__name__}. Wrap the model with "
-            "`get_peft_model(model, TangentConfig(...))` or load axes with `PeftModel.from_pretrained`."
-        )
-    return tuner
 
 
 def _head_and_embedding(model: nn.Module) -> list[nn.Module]:
