@@ -164,9 +164,9 @@ def _collect(report: QuickstartReport, evaluated: dict[str, Any]) -> None:
 
 def _export(options: QuickstartOptions, report: QuickstartReport, console: Console) -> None:
     model, tokenizer = jobs.load_axes(options)
-    model.export_merged(options.output / "merged", EXPORTED, tokenizer)
+    model.export_merged(options.output / "merged", EXPORTED, tokenizer, overwrite=True)
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # said in the line printed below
-        exported = model.export_lora(options.output / "lora", EXPORTED)
+        exported = model.export_lora(options.output / "lora", EXPORTED, overwrite=True)
     report.lora = {"weights": EXPORTED, "rank": exported.rank, "relative_error": exported.relative_error}
     console.print(
         f"exported {EXPORTED} as an ordinary model and as a LoRA of rank {exported.rank}; the head is tied, so load "
