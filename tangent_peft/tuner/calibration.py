@@ -97,7 +97,9 @@ def base_sample(tuner: AxisVerbs) -> dict[str, Tensor]:
     start, special = _special_tokens(model)
     ids = torch.full((ROWS, 1), start, device=model.device)
     was_training = model.training
-    with tuner.axes({}), torch.random.fork_rng(device_type=model.device.type):
+    device = model.device
+    others = {"devices": []} if device.type == "cpu" else {"devices": [device], "device_type": device.type}
+    with tuner.axes({}), torch.random.fork_rng(**others):
         torch.manual_seed(SEED)
         model.eval()
         try:

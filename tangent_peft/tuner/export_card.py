@@ -104,7 +104,12 @@ def _common_rows(export: Export) -> dict[str, object]:
         f"axis `{name}`": f"λ = {export.weights[name]:g}, {_form(axis)}" for name, axis in export.axes.items()
     }
     rows["base"] = f"{base.name or 'unnamed'} ({base.architecture}, {base.dtype or 'dtype unknown'})"
-    rows["fingerprint of the base"] = f"`{base.fingerprint}`" if base.fingerprint else "its weights can not be read"
+    if base.quantization is not None:
+        written = isinstance(export, MergedExport) or export.base_path is not None
+        rows["quantization of the base"] = base.quantization + (", written dequantized" if written else "")
+    rows["fingerprint of the base"] = (
+        f"`{base.fingerprint[:32]}…`" if base.fingerprint else "its weights can not be read"
+    )
     rows["evaluation"] = "weights θ(λ), not linearized"
     gap, source = export.gap, export.calibration.source
     if gap is None:

@@ -23,11 +23,11 @@ from tangent_peft.tuner.decompose import Pair, Rank, check_rank, decompose, pad,
 from tangent_peft.tuner.embedding import TangentEmbedding
 from tangent_peft.tuner.experts import TangentExperts
 from tangent_peft.tuner.export_card import write_card
-from tangent_peft.tuner.export_merged import MergedOptions, chosen_mix, transformers_base, write_model
+from tangent_peft.tuner.export_merged import MergedOptions, transformers_base, write_model
 from tangent_peft.tuner.layer import TangentLayer
 from tangent_peft.tuner.lora_format import lora_state
 from tangent_peft.tuner.record import RECORD, LoraExport, describe_axes, describe_base
-from tangent_peft.tuner.servers import Contents, Server, check_contents, check_server, served_rank
+from tangent_peft.tuner.servers import Contents, Server, check_contents, check_server, served_rank, vllm_rank
 from tangent_peft.tuner.stored import mix_factors
 from tangent_peft.tuner.targets import head_name
 from tangent_peft.tuner.weights import TangentFactors
@@ -70,17 +70,16 @@ class _Plan:
     head: str
 
 
-def export_lora(tuner: AxisVerbs, path: Path, weights: Mapping[str, float] | None, options: LoraOptions) -> LoraExport:
+def export_lora(tuner: AxisVerbs, path: Path, weights: dict[str, float], options: LoraOptions) -> LoraExport:
     """Saves θ(λ) − θ₀ as a LoRA directory that stock PEFT loads without this package; see `AxisVerbs.export_lora`."""
     check_place(path, options.overwrite, RECORD)
-    chosen = chosen_mix(tuner, weights)
-    plan = _plan(tuner, chosen, options)
-    calibration = calibrate(tuner, chosen, options.calibration)
+    plan = _plan(tuner, weights, options)
+    calibration = calibrate(tuner, weights, options.calibration)
     missed, total = (sum(squares) for squares in zip(*plan.errors.values(), strict=True))
     export = LoraExport(
         path=path,
-        weights=chosen,
-        axes=describe_axes(tuner, chosen),
+        weights=weights,
+        axes=describe_axes(tuner, weights),
         base=describe_base(tuner),
         calibration=calibration,
         rank=plan.rank,
@@ -95,7 +94,7 @@ def export_lora(tuner: AxisVerbs, path: Path, weights: Mapping[str, float] | Non
         _lora_config(tuner, export, plan).save_pretrained(str(folder))
         if plan.merged:
             (folder / "base").mkdir()
-            write_model(tuner, folder / "base", chosen, MergedOptions(), plan.merged)
+            write_model(tuner, folder / "base", weights, MergedOptions(), plan.merged)
         export.write_record(folder)
         write_card(folder, export)
     return export
@@ -136,6 +135,8 @@ def _factorize(
     factors: Mapping[str, TangentFactors], options: LoraOptions
 ) -> tuple[dict[str, Pair], dict[str, tuple[float, float]]]:
     rank = shared_rank(factors.values(), options.rank)
+    if rank is not None and options.server == "vllm":
+        rank = vllm_rank(rank) or rank  # what would be padding is used for a smaller error
     pairs = {name: decompose(tangent, rank) for name, tangent in factors.items()}
     return pairs, squared_errors(factors, pairs)
 
@@ -163,7 +164,7 @@ def _warn_of_ties(kept: Iterable[TangentLayer]) -> None:
                 f"The {kind} {layer.layer_name!r} is tied to the {other}: run this LoRA as an adapter. Merging it with "
                 f"stock PEFT (`merge_and_unload`) would change the {other} as well; to get merged weights, use "
                 "`export_merged`, or `head='merge'` for a LoRA that can be merged.",
-                stacklevel=5,
+                stacklevel=6,
             )
 
 

@@ -41,20 +41,17 @@ class MergedOptions:
     calibration: CalibrationData = True
 
 
-def export_merged(
-    tuner: AxisVerbs, path: Path, weights: Mapping[str, float] | None, options: MergedOptions
-) -> MergedExport:
+def export_merged(tuner: AxisVerbs, path: Path, weights: dict[str, float], options: MergedOptions) -> MergedExport:
     """Saves the network at θ(λ) as an ordinary transformers model; see `AxisVerbs.export_merged`."""
     check_place(path, options.overwrite, RECORD)
     base = transformers_base(tuner)
-    chosen = chosen_mix(tuner, weights)
-    calibration = calibrate(tuner, chosen, options.calibration)
+    calibration = calibrate(tuner, weights, options.calibration)
     with fresh_folder(path, options.overwrite, RECORD) as folder:
-        tokenizer = write_model(tuner, folder, chosen, options, tangent_layers(base))
+        tokenizer = write_model(tuner, folder, weights, options, tangent_layers(base))
         export = MergedExport(
             path=path,
-            weights=chosen,
-            axes=describe_axes(tuner, chosen),
+            weights=weights,
+            axes=describe_axes(tuner, weights),
             base=describe_base(tuner),
             calibration=calibration,
             tokenizer=tokenizer is not None,

@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import CommitInfo
 from transformers import PreTrainedModel
 
-from tangent_peft.tuner.axes import tangent_layers
+from tangent_peft.tuner.backends import quantized_layers, scheme
 from tangent_peft.tuner.calibration import Calibration
 from tangent_peft.tuner.fingerprint import fingerprint
 from tangent_peft.tuner.linearity import LinearityGap
@@ -38,12 +38,14 @@ class BaseModel:
         name: where it was loaded from; `None` if nobody knows.
         architecture: its class.
         dtype: of its weights, as in its config.
+        quantization: how its layers are quantized, such as "bnb 4bit nf4"; `None` if they are not.
         fingerprint: sample of its weights, as in the axes' `base_fingerprint`; `None` if they can not be read.
     """
 
     name: str | None
     architecture: str
     dtype: str | None
+    quantization: str | None
     fingerprint: str | None
 
 
@@ -194,8 +196,8 @@ def describe_base(tuner: AxisVerbs) -> BaseModel:
     names = [config.base_model_name_or_path for config in tuner.peft_config.values()]
     name = (model.name_or_path if known else None) or next((name for name in names if name), None)
     dtype = str(model.config.dtype or model.dtype).removeprefix("torch.") if known else None
-    readable = any(True for _ in tangent_layers(model))
-    return BaseModel(name, type(model).__name__, dtype, fingerprint(model) if readable else None)
+    schemes = {scheme(module, backend) for _, module, backend in quantized_layers(model)}
+    return BaseModel(name, type(model).__name__, dtype, " + ".join(sorted(schemes)) or None, fingerprint(model))
 
 
 def _versions() -> dict[str, str]:

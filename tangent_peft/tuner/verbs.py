@@ -12,7 +12,7 @@ from tangent_peft.tuner import axes, export_lora, export_merged, stored
 from tangent_peft.tuner.calibration import CalibrationData
 from tangent_peft.tuner.config import TangentConfig
 from tangent_peft.tuner.export_lora import Head, LoraOptions
-from tangent_peft.tuner.export_merged import MergedOptions
+from tangent_peft.tuner.export_merged import MergedOptions, chosen_mix
 from tangent_peft.tuner.record import LoraExport, MergedExport
 from tangent_peft.tuner.servers import Server
 from tangent_peft.tuner.tokenizer import Tokenizer
@@ -109,7 +109,7 @@ class AxisVerbs(BaseTuner):
             max_shard_size: largest size of one weight file.
             overwrite: replace an earlier export in `path`; no other folder is ever replaced.
             calibration: batches of model inputs to measure the linearity gap on; `True`: a short sample of the base
-                model itself (32 tokens for each of 4 rows); `False`: not measured, for models on which that is too slow.
+                model itself (4 rows of 32 tokens); `False`: not measured, for models on which that is too slow.
 
         Returns:
             What was written, with the gap; it prints, and has a `push_to_hub`.
@@ -120,7 +120,7 @@ class AxisVerbs(BaseTuner):
             FileExistsError: if `path` is a file, or a folder with content that may not be replaced.
         """
         options = MergedOptions(tokenizer, max_shard_size, overwrite, calibration)
-        return export_merged.export_merged(self, Path(path), weights, options)
+        return export_merged.export_merged(self, Path(path), chosen_mix(self, weights), options)
 
     def export_lora(
         self,
@@ -161,4 +161,4 @@ class AxisVerbs(BaseTuner):
             FileExistsError: as of `export_merged`.
         """
         options = LoraOptions(rank, head, server, overwrite, calibration)
-        return export_lora.export_lora(self, Path(path), weights, options)
+        return export_lora.export_lora(self, Path(path), chosen_mix(self, weights), options)
