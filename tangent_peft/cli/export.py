@@ -72,15 +72,13 @@ def load_axes(options: ExportOptions) -> PeftModel:
     unknown = sorted(set(options.weights) - set(options.axes))
     if unknown:
         raise ValueError(
-            f"--weights names {unknown}, and the axes given are {sorted(options.axes)}. Name their folders as NAME=FOLDER."
+            f"--weights names {unknown}, and the axes given are {sorted(options.axes)}. Give folders as NAME=FOLDER."
         )
     configs = {name: _axis_config(folder) for name, folder in options.axes.items()}
     first = next(iter(configs.values()))
     name = options.base or first.base_model_name_or_path
     if not name:
-        raise ValueError(
-            f"{next(iter(options.axes.values()))} does not say which base model it belongs to. Pass --base."
-        )
+        raise ValueError(f"{next(iter(options.axes.values()))} does not name the base it belongs to. Pass --base.")
     auto = AutoModelForSequenceClassification if first.task_type == TaskType.SEQ_CLS else AutoModelForCausalLM
     base = auto.from_pretrained(name, dtype=options.dtype).eval()
     model: PeftModel | None = None
@@ -103,7 +101,8 @@ def _axis_config(folder: str) -> PeftConfig:
 def _calibration(model: PeftModel, options: ExportOptions) -> CalibrationData:
     if options.prompts is None:
         return options.calibration
-    tokenizer: Any = find_tokenizer(model.get_base_model())
+    base: Any = model.get_base_model()
+    tokenizer: Any = find_tokenizer(base)
     if tokenizer is None:
         raise ValueError(f"--prompts {options.prompts} needs a tokenizer, and none lies beside the base model.")
     lines = options.prompts.read_text(encoding="utf-8").splitlines()
