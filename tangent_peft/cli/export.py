@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, PeftModel, TaskType
+from peft import PeftConfig, PeftModel, PeftType, TaskType
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from tangent_peft.tuner import TangentConfig
+from tangent_peft.tuner.atomic import check_place
 from tangent_peft.tuner.calibration import CalibrationData
-from tangent_peft.tuner.record import Export
+from tangent_peft.tuner.record import RECORD, Export
 from tangent_peft.tuner.tokenizer import find_tokenizer
 
 
@@ -58,6 +59,7 @@ def run_export(options: ExportOptions) -> Export:
         ValueError: for a mix that names no axis given, an axis of another kind, or what the exports refuse.
         OSError: if a model or a file can not be read, or the output exists.
     """
+    check_place(options.output, options.overwrite, RECORD)
     model: Any = load_axes(options)
     written: dict[str, Any] = {"overwrite": options.overwrite, "calibration": _calibration(model, options)}
     if options.merged:
@@ -94,7 +96,8 @@ def load_axes(options: ExportOptions) -> PeftModel:
 def _axis_config(folder: str) -> PeftConfig:
     config = PeftConfig.from_pretrained(folder)
     if not isinstance(config, TangentConfig):
-        raise ValueError(f"{folder} holds an adapter of type {config.peft_type}, no tangent axis. Name a saved axis.")
+        kind = PeftType(config.peft_type).value
+        raise ValueError(f"{folder} holds an adapter of type {kind}, no tangent axis. Name a saved axis.")
     return config
 
 
@@ -120,8 +123,9 @@ def parse_axes(arguments: Sequence[str]) -> dict[str, str]:
     """
     axes: dict[str, str] = {}
     for argument in arguments:
-        name, _, folder = argument.rpartition("=")
-        name = name or Path(folder).resolve().name
+        name, named, folder = argument.partition("=")
+        if not named:
+            name, folder = Path(argument).resolve().name, argument
         if name in axes:
             raise ValueError(f"Two axes are called {name!r}: {axes[name]} and {folder}. Name them as NAME=FOLDER.")
         axes[name] = folder
