@@ -25,7 +25,7 @@ from tangent_peft.tuner.experts import TangentExperts
 from tangent_peft.tuner.export_card import write_card
 from tangent_peft.tuner.export_merged import MergedOptions, transformers_base, write_model
 from tangent_peft.tuner.layer import TangentLayer
-from tangent_peft.tuner.loadable import check_called, check_loads
+from tangent_peft.tuner.loadable import check_called, loadable
 from tangent_peft.tuner.lora_format import lora_state
 from tangent_peft.tuner.record import RECORD, LoraExport, describe_axes, describe_base
 from tangent_peft.tuner.servers import Contents, Server, check_contents, check_server, served_rank, vllm_rank
@@ -89,8 +89,8 @@ def export_lora(tuner: AxisVerbs, path: Path, weights: dict[str, float], options
         head=plan.head,
         server=options.server,
     )
-    state, config = lora_state(tangent_layers(tuner.model), plan.pairs), _lora_config(tuner, export, plan)
-    check_loads(tuner.model, config, state)
+    state = lora_state(tangent_layers(tuner.model), plan.pairs)
+    config = loadable(tuner.model, _lora_config(tuner, export, plan), state)
     with fresh_folder(path, options.overwrite, RECORD) as folder:
         save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         config.save_pretrained(str(folder))

@@ -1,13 +1,15 @@
 """Whether stock PEFT makes of a LoRA what it says: found out before it is written, on a copy without weights.
 
 Two things stand between a correct file and a correct model. PEFT rewrites adapters of some architectures as it loads
-them (mixtures of experts, whose layers had other names in transformers 4) and refuses others (Mamba). And a module that
-reads a layer's weight, instead of calling the layer, never sees what a LoRA adds to that layer's output.
+them and refuses others (Mamba): in mixtures of experts it takes shared experts, and the dense layers of other blocks,
+for routed ones, as these were named in transformers 4. And a module that reads a layer's weight, instead of calling the
+layer, never sees what a LoRA adds to that layer's output.
 """
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 import warnings
 from collections.abc import Collection, Mapping
@@ -16,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import LoraConfig, get_peft_model
 from peft.utils import set_peft_model_state_dict
+from peft.utils.transformers_weight_conversion import _MOE_TARGET_MODULE_MAPPING
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -30,30 +33,56 @@ if TYPE_CHECKING:
 _REMEDY = "Use `export_merged`, which has no such limit, or train axes without a tangent there (`exclude_modules`)."
 
 
-def check_loads(model: nn.Module, config: LoraConfig, state: Mapping[str, Tensor]) -> None:
-    """Loads a LoRA with stock PEFT onto the model's architecture, on the meta device, and compares every tensor.
+def loadable(model: nn.Module, config: LoraConfig, state: Mapping[str, Tensor]) -> LoraConfig:
+    """The configuration with which stock PEFT loads a LoRA as it is, found by loading it onto the meta device.
+
+    That is the one given, or the same with the layers that PEFT takes for experts named by their parameter
+    (`target_parameters`), which it leaves alone.
 
     Raises:
-        ValueError: if PEFT refuses it, or puts its tensors elsewhere.
+        ValueError: if PEFT refuses the LoRA, or puts its tensors elsewhere, either way.
     """
     if not isinstance(model, PreTrainedModel):
-        return
-    settings, kind = copy.deepcopy(model.config), type(model).__name__
+        return config
+    lost = _lost(model, config, state)
+    if lost and "quantization_config" not in vars(model.config):  # PEFT wraps no packed parameter
+        by_parameter = _named_by_parameter(config)
+        if not _lost(model, by_parameter, state):
+            return by_parameter
+    if lost:
+        raise ValueError(
+            f"Stock PEFT rewrites a LoRA of this mix as it loads it on a {type(model).__name__}: {len(lost)} tensors "
+            f"do not arrive, for example {lost[0]!r}. It takes their layers for experts, as transformers 4 named "
+            f"these. {_REMEDY}"
+        )
+    return config
+
+
+def _named_by_parameter(config: LoraConfig) -> LoraConfig:
+    """With layers that are called as experts once were among `target_parameters`."""
+    renamed = {name for names in _MOE_TARGET_MODULE_MAPPING.values() for name in names}
+    modules = set(config.target_modules or ())
+    moved = {name for name in modules if name.rpartition(".")[2] in renamed}
+    parameters = [*(config.target_parameters or ()), *(f"{name}.weight" for name in moved)]
+    return dataclasses.replace(config, target_modules=sorted(modules - moved), target_parameters=sorted(parameters))
+
+
+def _lost(model: PreTrainedModel, config: LoraConfig, state: Mapping[str, Tensor]) -> list[str]:
+    """The tensors that stock PEFT moves or loses, of those in the file and those it looks for.
+
+    Raises:
+        ValueError: if it refuses the LoRA.
+    """
+    settings, kind = copy.deepcopy(model.config), type(model)
     vars(settings).pop("quantization_config", None)
     with torch.device("meta"):
-        shell = type(model)(settings)
+        shell = kind(settings)
     try:
         found, wanted = _loaded(shell, copy.deepcopy(config), state)
     except (ValueError, RuntimeError, KeyError) as error:
-        raise ValueError(f"Stock PEFT refuses a LoRA of this mix on a {kind}: {error} {_REMEDY}") from error
+        raise ValueError(f"Stock PEFT refuses a LoRA of this mix on a {kind.__name__}: {error} {_REMEDY}") from error
     names = sorted({*found, *wanted, *state})
-    wrong = [name for name in names if name not in wanted or not _same(found.get(name), state.get(name))]
-    if wrong:
-        raise ValueError(
-            f"Stock PEFT rewrites a LoRA of this mix as it loads it on a {kind}: {len(wrong)} of {len(names)} tensors "
-            f"do not arrive, for example {wrong[0]!r}. It takes their layers for experts, as transformers 4 named "
-            f"these. {_REMEDY}"
-        )
+    return [name for name in names if name not in wanted or not _same(found.get(name), state.get(name))]
 
 
 def _loaded(shell: nn.Module, config: LoraConfig, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], set[str]]:
