@@ -6,7 +6,8 @@ what the model finds likely. A gap on your own prompts says more; give them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tangent_peft.tuner.axes import preserved, set_active, set_scaling
+from tangent_peft.tuner.axes import preserved, switch
 from tangent_peft.tuner.linearity import LinearityGap, linearity_gap
 
 
@@ -72,10 +73,17 @@ def calibrate(tuner: AxisVerbs, weights: Mapping[str, float], data: CalibrationD
         if reason is not None:
             return Calibration(None, f"{reason}; give batches as `calibration`")
         data, source = [base_sample(tuner)], f"sampled from the base model, seed {SEED}"
-    with preserved(tuner):
-        set_active(tuner, list(weights), inference_mode=True)
-        set_scaling(tuner, weights)
+    with _at(tuner, weights):
         return Calibration(linearity_gap(tuner, data), source)
+
+
+@contextmanager
+def _at(tuner: AxisVerbs, weights: Mapping[str, float]) -> Iterator[None]:
+    """One mix for all rows, also inside a block that gives each row its own; λ has been checked."""
+    with preserved(tuner):
+        tuner.tangent_live.rows = None
+        switch(tuner, weights)
+        yield
 
 
 def unsampled(model: torch.nn.Module) -> str | None:
@@ -99,7 +107,7 @@ def base_sample(tuner: AxisVerbs) -> dict[str, Tensor]:
     was_training = model.training
     device = model.device
     others = {"devices": []} if device.type == "cpu" else {"devices": [device], "device_type": device.type}
-    with tuner.axes({}), torch.random.fork_rng(**others):
+    with _at(tuner, {}), torch.random.fork_rng(**others):
         torch.manual_seed(SEED)
         model.eval()
         try:

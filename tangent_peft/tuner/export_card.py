@@ -107,9 +107,8 @@ def _common_rows(export: Export) -> dict[str, object]:
     if base.quantization is not None:
         written = isinstance(export, MergedExport) or export.base_path is not None
         rows["quantization of the base"] = base.quantization + (", written dequantized" if written else "")
-    rows["fingerprint of the base"] = (
-        f"`{base.fingerprint[:32]}…`" if base.fingerprint else "its weights can not be read"
-    )
+    known = f"`{base.fingerprint[:32]}…`, whole in `{RECORD}`" if base.fingerprint else "its weights can not be read"
+    rows["fingerprint of the base"] = known
     rows["evaluation"] = "weights θ(λ), not linearized"
     gap, source = export.gap, export.calibration.source
     if gap is None:

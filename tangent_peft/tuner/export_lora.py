@@ -25,6 +25,7 @@ from tangent_peft.tuner.experts import TangentExperts
 from tangent_peft.tuner.export_card import write_card
 from tangent_peft.tuner.export_merged import MergedOptions, transformers_base, write_model
 from tangent_peft.tuner.layer import TangentLayer
+from tangent_peft.tuner.loadable import check_called, loadable
 from tangent_peft.tuner.lora_format import lora_state
 from tangent_peft.tuner.record import RECORD, LoraExport, describe_axes, describe_base
 from tangent_peft.tuner.servers import Contents, Server, check_contents, check_server, served_rank, vllm_rank
@@ -88,10 +89,11 @@ def export_lora(tuner: AxisVerbs, path: Path, weights: dict[str, float], options
         head=plan.head,
         server=options.server,
     )
+    state = lora_state(tangent_layers(tuner.model), plan.pairs)
+    config = loadable(tuner.model, _lora_config(tuner, export, plan), state)
     with fresh_folder(path, options.overwrite, RECORD) as folder:
-        state = lora_state(tangent_layers(tuner.model), plan.pairs)
         save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        _lora_config(tuner, export, plan).save_pretrained(str(folder))
+        config.save_pretrained(str(folder))
         if plan.merged:
             (folder / "base").mkdir()
             write_model(tuner, folder / "base", weights, MergedOptions(), plan.merged)
@@ -123,6 +125,7 @@ def _plan(tuner: AxisVerbs, weights: Mapping[str, float], options: LoraOptions) 
     check_contents(Contents(type(tuner.model).__name__, left, experts), options.server)
     if merged:
         transformers_base(tuner)
+    check_called(tuner, weights, kept)
     _warn_of_ties(left)
     factors = {layer.layer_name: mixed[layer.layer_name] for layer in kept}
     pairs, errors = _factorize(factors, options)

@@ -105,11 +105,10 @@ def write_model(
     state = _merged_state(tuner, base, weights, layers)
     config = copy.deepcopy(base.config)
     vars(config).pop("quantization_config", None)  # what is written is dequantized
-    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
-    names = {id(module): name for name, module in base.named_modules()}
-    if head is not None and embedding is not None and config.get_text_config().tie_word_embeddings:
-        same = state[f"{names[id(head)]}.weight"] is state[f"{names[id(embedding)]}.weight"]
-        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = bool(same)
+    if not _same_head(base, state):
+        for settings in (config, config.get_text_config()):  # a vision-language model may have it in either
+            if vars(settings).get("tie_word_embeddings"):
+                settings.tie_word_embeddings = False
     with torch.device("meta"):
         merged = type(base)(config)
     merged.load_state_dict(state, assign=True, strict=False)
@@ -127,6 +126,15 @@ def write_model(
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     return tokenizer
+
+
+def _same_head(base: PreTrainedModel, state: Mapping[str, Tensor]) -> bool:
+    """Whether head and input embedding have one weight in a state dict; true of a model without either."""
+    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
+    if head is None or embedding is None:
+        return True
+    names = {id(module): name for name, module in base.named_modules()}
+    return state[f"{names[id(head)]}.weight"] is state[f"{names[id(embedding)]}.weight"]
 
 
 @torch.no_grad()

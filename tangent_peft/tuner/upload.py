@@ -35,7 +35,13 @@ def upload(
 
     Returns:
         What the Hub says of the commit.
+
+    Raises:
+        TypeError: for another option.
     """
+    unknown = sorted(set(options) - set(UploadOptions.__annotations__))
+    if unknown:
+        raise TypeError(f"`push_to_hub` does not know {unknown}; it takes {['token', *UploadOptions.__annotations__]}.")
     api = HfApi(token=token)
     if base is None:
         return _commit(api, folder, repo_id, **options)
