@@ -1,4 +1,4 @@
-"""vLLM engines, one after the other, in the interpreter of vLLM's own environment; knows neither torch nor this package.
+"""vLLM engines, one after the other, in the interpreter of vLLM's own environment; knows neither torch nor PEFT.
 
     python tests/vllm_worker.py job.json
 

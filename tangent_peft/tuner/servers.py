@@ -1,4 +1,4 @@
-"""What LoRA servers take, read from their sources: vLLM 0.32, llama.cpp's converter, SGLang.
+"""What LoRA servers take, read from their sources: vLLM 0.32, llama.cpp, SGLang.
 
 All of them multiply by one lora_alpha / r; whether they follow a rank per layer differs (llama.cpp divides by each
 tensor's own rank). A LoRA of one rank throughout is right in all of them.
@@ -135,5 +135,5 @@ def _refusal(layer: TangentLayer, architecture: str, server: str) -> str | None:
     if server == "sglang" and layer.tangent_tied:
         return "SGLang's releases before 2026 skip a LoRA on a tied head without a word"
     if server == "llama.cpp" and layer.tangent_tied:
-        return "llama.cpp's converter refuses a LoRA on a tied head or embedding"
+        return "llama.cpp loads no LoRA on a tied head or embedding"
     return None

@@ -222,7 +222,7 @@ def report(record: Callable[[str, object], None], found: Any, expected: Any) -> 
 
 @pytest.fixture(scope="module")
 def vllm(tmp_path_factory: pytest.TempPathFactory) -> Vllm:
-    return Vllm(os.environ[VARIABLE], tmp_path_factory.mktemp("vllm"))
+    return Vllm(os.path.abspath(os.environ[VARIABLE]), tmp_path_factory.mktemp("vllm"))
 
 
 @pytest.fixture(scope="module")

@@ -238,7 +238,7 @@ def test_a_rank_above_all_served(tmp_path: Path) -> None:
     [
         ("gpt2", "vllm", r"'lm_head' has a tangent, and vLLM takes no LoRA.*of a GPT2LMHeadModel.*head='merge'"),
         ("llama", "sglang", r"SGLang.*tied head.*head='merge'"),
-        ("llama", "llama.cpp", r"llama\.cpp's converter refuses.*head='merge'"),
+        ("llama", "llama.cpp", r"llama\.cpp loads no LoRA.*head='merge'"),
     ],
 )
 def test_heads_that_a_server_does_not_take(name: str, server: str, message: str, tmp_path: Path) -> None:
