@@ -77,7 +77,7 @@ test: $(VENV)/.stamp-dev
 
 test-vllm: $(VENV)/.stamp-dev $(VLLM_VENV)/.stamp-vllm
 	$(OFFLINE) TANGENT_PEFT_VLLM_PYTHON=$(VLLM_VENV)/bin/python \
-		$(BIN)/python -m pytest tests/serving --durations=5 $(ARGS)
+		$(BIN)/python -m pytest tests/serving --log-cli-level=INFO $(ARGS)
 
 lint: $(VENV)/.stamp-dev
 	$(BIN)/ruff check .

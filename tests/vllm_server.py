@@ -86,7 +86,7 @@ class Vllm:
         command = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--host", "127.0.0.1"]
         command += ["--port", str(port), "--dtype", "float32", "--enforce-eager", *flags]
         with self._process(command, **environment) as (process, log):
-            server = Server(f"http://127.0.0.1:{port}")
+            server = Server(f"http://127.0.0.1:{port}", log)
             deadline = time.monotonic() + START
             while not server.is_up():
                 assert process.poll() is None, f"the server ended:\n{tail(log)}"
@@ -121,9 +121,10 @@ class Vllm:
 
 @dataclass(frozen=True)
 class Server:
-    """A running server, by its address."""
+    """A running server: its address, and what it writes."""
 
     url: str
+    log: Path
 
     def is_up(self) -> bool:
         try:
