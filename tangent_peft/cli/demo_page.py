@@ -1,0 +1,227 @@
+"""The demo's page: layout and words. `demo_events.py` says what happens on it.
+
+The words are for somebody who has never trained a model. Nothing on the page comes from elsewhere than this machine.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from html import escape
+from importlib import resources
+
+from tangent_peft.cli.demo_events import MIXES, Card, Parts, connect, gr
+from tangent_peft.cli.demo_pictures import gauge
+from tangent_peft.cli.demo_session import DemoSession
+from tangent_peft.tuner.axes import SAFE_WEIGHT
+
+
+HOST = "127.0.0.1"
+REACH = 4.0  # of a slider, so that the edge of the safe range can be seen
+
+_CLICKED = """
+const choose = event => {
+  const point = event.target.closest('[data-point]');
+  if (!point || (event.type === 'keydown' && event.key !== 'Enter' && event.key !== ' ')) return;
+  event.preventDefault();
+  trigger('select', {index: Number(point.dataset.point)});
+};
+element.addEventListener('click', choose);
+element.addEventListener('keydown', choose);
+"""
+
+
+def build_page(session: DemoSession) -> gr.Blocks:
+    """The page of a session, not yet served."""
+    parts = Parts()
+    with gr.Blocks(title="tangent-peft demo", analytics_enabled=False, fill_width=False) as page:
+        gr.HTML(_introduction(session))
+        _lay_out_question(session, parts)
+        with gr.Row(equal_height=False):
+            for name in MIXES:  # A: the original model; B: the first axis as it was trained
+                weights = [float(name != MIXES[0] and axis == session.axes[0]) for axis in session.axes]
+                _lay_out_card(session, name, parts.cards[name], weights)
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=3, min_width=420, elem_classes="panel"):
+                _lay_out_sweep(session, parts)
+            with gr.Column(scale=2, min_width=320, elem_classes="panel"):
+                _lay_out_export(parts)
+        connect(page, parts, session)
+    return page
+
+
+def serve(page: gr.Blocks, port: int, browser: bool, ready: Callable[[str], None]) -> None:
+    """Serves the page on this machine's loopback address until the process is interrupted.
+
+    Args:
+        page: from `build_page`.
+        port: TCP port; no other one is taken in its place.
+        browser: whether to open a browser window.
+        ready: called with the address once the page can be opened.
+    """
+    for name in ("NO_PROXY", "no_proxy"):  # Gradio asks itself whether it is up, which no proxy must answer
+        os.environ[name] = ",".join(filter(None, [os.environ.get(name, ""), HOST]))
+    page.launch(
+        server_name=HOST,
+        server_port=port,
+        inbrowser=browser,
+        share=False,
+        ssr_mode=False,
+        quiet=True,
+        prevent_thread_lock=True,
+        footer_links=[],
+        run_history=False,
+        enable_monitoring=False,
+        theme=_theme(),
+        css=resources.files("tangent_peft").joinpath("cli", "demo.css").read_text(encoding="utf-8"),
+    )
+    ready(f"http://{HOST}:{port}")
+    page.block_thread()
+
+
+def _theme() -> gr.themes.Base:
+    fonts = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]  # of the machine; none is fetched
+    return gr.themes.Default(
+        primary_hue="blue", neutral_hue="slate", font=fonts, font_mono=["ui-monospace", "monospace"]
+    )
+
+
+# ---- layout ----------------------------------------------------------------------------------------------------------
+
+
+def _introduction(session: DemoSession) -> str:
+    axes = ", ".join(f"<b>{escape(axis)}</b>" for axis in session.axes)
+    count = f"{len(session.axes)} trained {'preference' if len(session.axes) == 1 else 'preferences'}"
+    return (
+        '<div class="introduction"><h1>Steer the answers</h1>'
+        f"<p>This is <b>{escape(session.base_name)}</b> with {count}: {axes}. Each slider turns one of them up or down: "
+        "at <b>0</b> it is off, at <b>1</b> it acts as it was trained, below 0 it pushes the other way. "
+        "Set two mixes, ask a question, and compare. Nothing is retrained.</p></div>"
+    )
+
+
+def _lay_out_question(session: DemoSession, parts: Parts) -> None:
+    with gr.Group():
+        parts.question = gr.Textbox(
+            label="Your question",
+            lines=2,
+            max_lines=6,
+            placeholder="Ask anything …",
+            value=session.questions[0],
+            elem_id="question",
+        )
+    gr.Examples([[q] for q in session.questions], parts.question, label="Or take one of these", elem_id="examples")
+    with gr.Row(equal_height=True):
+        parts.evaluation = gr.Radio(
+            [("As trained (linearized)", "linearized"), ("As exported (ordinary weights)", "merged")],
+            value="linearized",
+            label="Which form of the model answers",
+            info="An export is an ordinary model. The linearity gap below says how far it is from the trained one.",
+            scale=3,
+            elem_id="evaluation",
+        )
+        parts.tokens = gr.Slider(
+            8,
+            256,
+            96,
+            step=8,
+            label="Longest answer",
+            info="In tokens; one is about ¾ of a word.",
+            scale=2,
+            elem_id="tokens",
+        )
+        parts.temperature = gr.Slider(
+            0, 1.5, 0, step=0.1, label="Variation", info="0: always the same answer.", scale=2, elem_id="temperature"
+        )
+    with gr.Row():
+        parts.ask = gr.Button("Ask both mixes", variant="primary", scale=4, elem_id="ask")
+        parts.stop = gr.Button("Stop", variant="stop", scale=1, elem_id="stop")
+    parts.message = gr.HTML("", elem_id="message")
+
+
+def _lay_out_card(session: DemoSession, name: str, card: Card, weights: Sequence[float]) -> None:
+    reach = _reach(session)
+    with gr.Column(min_width=320, elem_classes=["panel", f"mix-{name.lower()}"]):
+        gr.HTML(f'<h2><span class="badge">{name}</span> Mix {name}</h2>')
+        for index, (axis, weight) in enumerate(zip(session.axes, weights, strict=True)):
+            card.sliders.append(
+                gr.Slider(
+                    -reach,
+                    reach,
+                    weight,
+                    step=0.01,
+                    label=axis,
+                    elem_id=f"{name.lower()}-{index}",
+                    elem_classes="axis",
+                )
+            )
+        edge = 50 - 50 * SAFE_WEIGHT / reach
+        gr.HTML(
+            f'<div class="range"><span style="left:{edge:.1f}%">−{SAFE_WEIGHT:g}</span><span style="left:50%">0</span>'
+            f'<span style="left:{100 - edge:.1f}%">+{SAFE_WEIGHT:g}</span>'
+            f'<i style="left:{edge:.1f}%;right:{edge:.1f}%">safe range</i></div>'
+        )
+        card.warning = gr.HTML("", elem_id=f"warning-{name.lower()}")
+        card.answer = gr.Textbox(
+            label=f"Answer of mix {name}",
+            lines=9,
+            max_lines=14,
+            interactive=False,
+            placeholder="Press “Ask both mixes”.",
+            buttons=["copy"],
+            elem_id=f"answer-{name.lower()}",
+        )
+        card.status = gr.HTML("", elem_id=f"status-{name.lower()}")
+        card.gauge = gr.HTML(gauge(None), elem_id=f"gauge-{name.lower()}")
+
+
+def _reach(session: DemoSession) -> float:
+    """Up to where the sliders go: past the safe range, and to every point of the sweep."""
+    points = [] if session.sweep is None else session.sweep.points
+    return max(REACH, math.ceil(max((abs(w) for p in points for w in p.weights.values()), default=0.0)))
+
+
+def _lay_out_sweep(session: DemoSession, parts: Parts) -> None:
+    gr.HTML("<h2>Trade-offs that were measured</h2>")
+    if session.sweep is None:
+        gr.HTML(
+            '<p class="hint">Start the demo with <code>--sweep FILE</code> to see here what the answers of many mixes '
+            "scored, and to set the sliders by a click.</p>"
+        )
+        return
+    gr.HTML(
+        '<p class="hint">Each dot is a mix that was tried; up and to the right is better. The line joins mixes that no '
+        "other one beats. <b>Click a dot</b> to set the sliders.</p>"
+    )
+    names = list(session.sweep.points[0].scores)
+    with gr.Row(visible=len(names) > 2):
+        choices = [(session.sweep.labels.get(name, name), name) for name in names]
+        parts.scores = [
+            gr.Dropdown(choices, value=names[min(index, len(names) - 1)], label=label)
+            for index, label in enumerate(("To the right", "Up"))
+        ]
+    parts.target = gr.Radio(list(MIXES), value="B", label="A click sets mix", elem_id="target")
+    parts.picture = gr.HTML("", js_on_load=_CLICKED, elem_id="sweep")
+
+
+def _lay_out_export(parts: Parts) -> None:
+    gr.HTML(
+        "<h2>Take a mix along</h2>"
+        '<p class="hint">Writes the mix as a folder that other software loads without this package.</p>'
+    )
+    parts.export = [
+        gr.Radio(list(MIXES), value="B", label="Mix", elem_id="export-mix"),
+        gr.Radio(
+            [
+                ("LoRA adapter: small, used beside the original model", "lora"),
+                ("Whole model: large, stands alone", "merged"),
+            ],
+            value="lora",
+            label="As",
+            elem_id="export-form",
+        ),
+        gr.Textbox("exported-mix", label="New folder", max_lines=1, elem_id="export-folder"),
+    ]
+    parts.save = gr.Button("Export", elem_id="export")
+    parts.saved = gr.HTML("", elem_id="exported")
