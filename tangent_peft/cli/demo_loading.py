@@ -125,8 +125,8 @@ def _load_base(base: str) -> tuple[Any, PreTrainedTokenizerBase, str]:
     """The base model in eval mode on the machine's accelerator, its tokenizer, and the name to show."""
     # The quickstart's axes name a folder of the cache, which a user may have emptied since.
     if base == SMOLLM2 or Path(base).name.startswith("smollm2-135m-instruct-"):
-        model, tokenizer = load_smollm2()
-        return model.eval(), tokenizer, "SmolLM2-135M-Instruct"
+        smollm2, tokenizer = load_smollm2()
+        return smollm2.eval(), tokenizer, "SmolLM2-135M-Instruct"
     if not Path(base).is_dir() and (Path(base).is_absolute() or base.count(os.sep) > 1):
         raise FileNotFoundError(
             f"There is no folder {base}, which the axes name as their base model. Say where it is now: --base FOLDER"

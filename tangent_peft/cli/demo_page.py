@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Sequence
 from html import escape
 from importlib import resources
+from typing import Any
 
 from tangent_peft.cli.demo_events import MIXES, Card, Parts, connect, gr
 from tangent_peft.cli.demo_pictures import gauge
@@ -36,16 +37,16 @@ def build_page(session: DemoSession) -> gr.Blocks:
     """The page of a session, not yet served."""
     parts = Parts()
     with gr.Blocks(title="tangent-peft demo", analytics_enabled=False, fill_width=False) as page:
-        gr.HTML(_introduction(session))
+        _html(_introduction(session))
         _lay_out_question(session, parts)
         with gr.Row(equal_height=False):
             for name in MIXES:  # A: the original model; B: the first axis as it was trained
                 weights = [float(name != MIXES[0] and axis == session.axes[0]) for axis in session.axes]
                 _lay_out_card(session, name, parts.cards[name], weights)
         with gr.Row(equal_height=False):
-            with gr.Column(scale=3, min_width=420, elem_classes="panel"):
+            with gr.Column(scale=3, min_width=420, elem_classes="card"):
                 _lay_out_sweep(session, parts)
-            with gr.Column(scale=2, min_width=320, elem_classes="panel"):
+            with gr.Column(scale=2, min_width=320, elem_classes="card"):
                 _lay_out_export(parts)
         connect(page, parts, session)
     return page
@@ -95,74 +96,61 @@ def _introduction(session: DemoSession) -> str:
     count = f"{len(session.axes)} trained {'preference' if len(session.axes) == 1 else 'preferences'}"
     return (
         '<div class="introduction"><h1>Steer the answers</h1>'
-        f"<p>This is <b>{escape(session.base_name)}</b> with {count}: {axes}. Each slider turns one of them up or down: "
-        "at <b>0</b> it is off, at <b>1</b> it acts as it was trained, below 0 it pushes the other way. "
+        f"<p>This is <b>{escape(session.base_name)}</b> with {count}: {axes}. Each slider turns one up or down: at "
+        "<b>0</b> it is off, at <b>1</b> it acts as it was trained, below 0 it pushes the other way. "
         "Set two mixes, ask a question, and compare. Nothing is retrained.</p></div>"
     )
 
 
 def _lay_out_question(session: DemoSession, parts: Parts) -> None:
-    with gr.Group():
-        parts.question = gr.Textbox(
-            label="Your question",
-            lines=2,
-            max_lines=6,
-            placeholder="Ask anything …",
-            value=session.questions[0],
-            elem_id="question",
-        )
+    parts.question = gr.Textbox(
+        label="Your question",
+        lines=1,
+        max_lines=6,
+        placeholder="Ask anything …",
+        value=session.questions[0],
+        elem_id="question",
+    )
     gr.Examples([[q] for q in session.questions], parts.question, label="Or take one of these", elem_id="examples")
-    with gr.Row(equal_height=True):
+    with gr.Row(equal_height=True, elem_id="controls"):
         parts.evaluation = gr.Radio(
             [("As trained (linearized)", "linearized"), ("As exported (ordinary weights)", "merged")],
             value="linearized",
             label="Which form of the model answers",
-            info="An export is an ordinary model. The linearity gap below says how far it is from the trained one.",
-            scale=3,
+            scale=5,
+            min_width=460,
             elem_id="evaluation",
         )
+        parts.ask = gr.Button("Ask both mixes", variant="primary", scale=3, min_width=180, elem_id="ask")
+        parts.stop = gr.Button("Stop", scale=1, min_width=90, elem_id="stop")
+    with gr.Accordion("More settings", open=False, elem_id="settings"), gr.Row():
         parts.tokens = gr.Slider(
-            8,
-            256,
-            96,
-            step=8,
-            label="Longest answer",
-            info="In tokens; one is about ¾ of a word.",
-            scale=2,
-            elem_id="tokens",
+            8, 256, 96, step=8, label="Longest answer", info="In tokens; one is about ¾ of a word.", elem_id="tokens"
         )
         parts.temperature = gr.Slider(
-            0, 1.5, 0, step=0.1, label="Variation", info="0: always the same answer.", scale=2, elem_id="temperature"
+            0, 1.5, 0, step=0.1, label="Variation", info="0: always the same answer.", elem_id="temperature"
         )
-    with gr.Row():
-        parts.ask = gr.Button("Ask both mixes", variant="primary", scale=4, elem_id="ask")
-        parts.stop = gr.Button("Stop", variant="stop", scale=1, elem_id="stop")
-    parts.message = gr.HTML("", elem_id="message")
+    parts.message = _html("", elem_id="message")
 
 
 def _lay_out_card(session: DemoSession, name: str, card: Card, weights: Sequence[float]) -> None:
-    reach = _reach(session)
-    with gr.Column(min_width=320, elem_classes=["panel", f"mix-{name.lower()}"]):
-        gr.HTML(f'<h2><span class="badge">{name}</span> Mix {name}</h2>')
-        for index, (axis, weight) in enumerate(zip(session.axes, weights, strict=True)):
-            card.sliders.append(
-                gr.Slider(
-                    -reach,
-                    reach,
-                    weight,
-                    step=0.01,
-                    label=axis,
-                    elem_id=f"{name.lower()}-{index}",
-                    elem_classes="axis",
+    reach, letter = _reach(session), name.lower()
+    edge = 50 - 50 * SAFE_WEIGHT / reach
+    with gr.Column(min_width=320, elem_classes=["card", f"mix-{letter}"]):
+        _html(f'<h2><span class="badge">{name}</span> Mix {name}</h2>')
+        with gr.Group(elem_classes="axes"):
+            for index, (axis, weight) in enumerate(zip(session.axes, weights, strict=True)):
+                slider = gr.Slider(
+                    -reach, reach, weight, step=0.01, label=axis, elem_id=f"{letter}-{index}", elem_classes="axis"
                 )
-            )
-        edge = 50 - 50 * SAFE_WEIGHT / reach
-        gr.HTML(
-            f'<div class="range"><span style="left:{edge:.1f}%">−{SAFE_WEIGHT:g}</span><span style="left:50%">0</span>'
-            f'<span style="left:{100 - edge:.1f}%">+{SAFE_WEIGHT:g}</span>'
-            f'<i style="left:{edge:.1f}%;right:{edge:.1f}%">safe range</i></div>'
+                card.sliders.append(slider)
+        _html(
+            f'<div class="range"><span style="left:0">−{reach:g}</span><span style="left:{edge:g}%">−{SAFE_WEIGHT:g}'
+            '</span><span style="left:50%">0</span>'
+            f'<span style="left:{100 - edge:g}%">+{SAFE_WEIGHT:g}</span><span style="left:100%">+{reach:g}</span>'
+            f'<i style="left:{edge:g}%;right:{edge:g}%">safe range</i></div>'
         )
-        card.warning = gr.HTML("", elem_id=f"warning-{name.lower()}")
+        card.warning = _html("", elem_id=f"warning-{letter}")
         card.answer = gr.Textbox(
             label=f"Answer of mix {name}",
             lines=9,
@@ -170,10 +158,14 @@ def _lay_out_card(session: DemoSession, name: str, card: Card, weights: Sequence
             interactive=False,
             placeholder="Press “Ask both mixes”.",
             buttons=["copy"],
-            elem_id=f"answer-{name.lower()}",
+            elem_id=f"answer-{letter}",
         )
-        card.status = gr.HTML("", elem_id=f"status-{name.lower()}")
-        card.gauge = gr.HTML(gauge(None), elem_id=f"gauge-{name.lower()}")
+        card.status = _html("", elem_id=f"status-{letter}")
+        card.gauge = _html(gauge(None), elem_id=f"gauge-{letter}")
+
+
+def _html(text: str, **options: Any) -> gr.HTML:
+    return gr.HTML(text, apply_default_css=False, **options)
 
 
 def _reach(session: DemoSession) -> float:
@@ -183,16 +175,19 @@ def _reach(session: DemoSession) -> float:
 
 
 def _lay_out_sweep(session: DemoSession, parts: Parts) -> None:
-    gr.HTML("<h2>Trade-offs that were measured</h2>")
+    _html("<h2>Trade-offs that were measured</h2>")
     if session.sweep is None:
-        gr.HTML(
+        _html(
             '<p class="hint">Start the demo with <code>--sweep FILE</code> to see here what the answers of many mixes '
             "scored, and to set the sliders by a click.</p>"
         )
         return
-    gr.HTML(
-        '<p class="hint">Each dot is a mix that was tried; up and to the right is better. The line joins mixes that no '
-        "other one beats. <b>Click a dot</b> to set the sliders.</p>"
+    moved = {axis for point in session.sweep.points for axis, weight in point.weights.items() if weight}
+    numbers = f"The numbers are weights of <b>{escape(moved.pop())}</b>. " if len(moved) == 1 else ""
+    _html(
+        '<p class="hint">Each dot is a mix that was tried; up and to the right is better, a line joins those that no '
+        f"other beats. {numbers}Pale dots belong to the other form of the model. <b>Click a dot</b> to set the "
+        "sliders.</p>"
     )
     names = list(session.sweep.points[0].scores)
     with gr.Row(visible=len(names) > 2):
@@ -202,11 +197,11 @@ def _lay_out_sweep(session: DemoSession, parts: Parts) -> None:
             for index, label in enumerate(("To the right", "Up"))
         ]
     parts.target = gr.Radio(list(MIXES), value="B", label="A click sets mix", elem_id="target")
-    parts.picture = gr.HTML("", js_on_load=_CLICKED, elem_id="sweep")
+    parts.picture = _html("", js_on_load=_CLICKED, elem_id="sweep")
 
 
 def _lay_out_export(parts: Parts) -> None:
-    gr.HTML(
+    _html(
         "<h2>Take a mix along</h2>"
         '<p class="hint">Writes the mix as a folder that other software loads without this package.</p>'
     )
@@ -224,4 +219,4 @@ def _lay_out_export(parts: Parts) -> None:
         gr.Textbox("exported-mix", label="New folder", max_lines=1, elem_id="export-folder"),
     ]
     parts.save = gr.Button("Export", elem_id="export")
-    parts.saved = gr.HTML("", elem_id="exported")
+    parts.saved = _html("", elem_id="exported")

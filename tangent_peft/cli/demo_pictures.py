@@ -90,11 +90,12 @@ def _share(value: float, grid: Sequence[float]) -> float:
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """Four to nine round numbers that span [low, high] with a margin."""
+    """Round numbers that span [low, high] with a margin; none below 0 for scores that are not."""
     span = (high - low) or abs(high) or 1.0
     step = 10.0 ** math.floor(math.log10(span / 4))
     step *= next(factor for factor in (1, 2, 5, 10) if span / (step * factor) <= 6)
     first, last = math.floor((low - 0.04 * span) / step), math.ceil((high + 0.04 * span) / step)
+    first = max(first, 0) if low >= 0 else first
     return [round(step * n, 12) for n in range(first, last + 1)]
 
 
@@ -119,6 +120,7 @@ def sweep_picture(sweep: SavedSweep, view: View) -> str:
         _grid(frame, sweep.labels.get(view.x, view.x), sweep.labels.get(view.y, view.y)),
         _front(kept, view, frame),
         *(_point(sweep, index, view, frame) for index in order),
+        _captions(kept, view, frame),
     ]
     return (
         f'<svg class="sweep" viewBox="0 0 {WIDTH} {HEIGHT}" role="group" '
@@ -180,14 +182,26 @@ def _point(sweep: SavedSweep, index: int, view: View, frame: _Frame) -> str:
             f'<circle class="ring mix-{letters[0].lower()}" cx="{x:.1f}" cy="{y:.1f}" r="12"/>'
             f'<text class="letter" x="{x:.1f}" y="{y - 17:.1f}" text-anchor="middle">{"".join(letters)}</text>'
         )
-    caption = short(point.weights) if stands_out else ""
     return (
         f'<g class="point {"near" if stands_out else "far"}" data-point="{index}" role="button" tabindex="0" '
         f'aria-label="{escape(says)}"><title>{escape(says)}</title>{ring}'
         f'<circle class="reach" cx="{x:.1f}" cy="{y:.1f}" r="14"/>'
-        f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="{6 if stands_out else 4}"/>'
-        f'<text class="weight" x="{x + 9:.1f}" y="{y - 8:.1f}">{escape(caption)}</text></g>'
+        f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="{6 if stands_out else 4}"/></g>'
     )
+
+
+def _captions(points: Sequence[SweepPoint], view: View, frame: _Frame) -> str:
+    """The weights beside the dots; dots that lie on each other share a caption."""
+    places: dict[tuple[int, int], list[str]] = {}
+    for point in points:
+        place = round(frame.x(point.scores[view.x])), round(frame.y(point.scores[view.y]))
+        places.setdefault(place, []).append(short(point.weights))
+    lines = []
+    for (x, y), weights in places.items():
+        shown = "  ".join(weights[:4]) + (" …" if len(weights) > 4 else "")
+        side = f'x="{x - 10}" text-anchor="end"' if x > WIDTH - RIGHT - 60 else f'x="{x + 10}"'
+        lines.append(f'<text class="weight" {side} y="{y - 8}">{escape(shown)}</text>')
+    return "".join(lines)
 
 
 def describe(weights: Mapping[str, float]) -> str:
