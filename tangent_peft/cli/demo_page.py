@@ -83,9 +83,10 @@ def serve(page: gr.Blocks, port: int, browser: bool, ready: Callable[[str], None
 
 def _theme() -> gr.themes.Base:
     fonts = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]  # of the machine; none is fetched
-    return gr.themes.Default(
+    theme = gr.themes.Default(
         primary_hue="blue", neutral_hue="slate", font=fonts, font_mono=["ui-monospace", "monospace"]
     )
+    return theme.set(body_text_color_subdued="*neutral_500", block_info_text_color="*neutral_500")
 
 
 # ---- layout ----------------------------------------------------------------------------------------------------------
