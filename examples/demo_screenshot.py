@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("quickstart", type=Path, help="what `make quickstart` wrote")
     parser.add_argument("picture", type=Path, help="PNG file to write")
     parser.add_argument("--weight", default=-1.0, type=float, help="λ_verb of the point to choose in the sweep")
+    parser.add_argument("--question", default=1, type=int, help="which of the questions offered")
     parser.add_argument("--port", default=7865, type=int)
     options = parser.parse_args()
     command = [sys.executable, "-m", "tangent_peft.cli.main", "demo", str(options.quickstart / "axes"), "--no-browser"]
@@ -45,14 +46,14 @@ def main() -> None:
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
             assert server.stdout is not None and "runs at" in server.stdout.readline(), "the demo did not start"
-            photograph(f"http://127.0.0.1:{options.port}", options.weight, options.picture)
+            photograph(f"http://127.0.0.1:{options.port}", options)
         finally:
             server.terminate()
     print(f"{options.picture}: {options.picture.stat().st_size / 1000:.0f} kB")
 
 
-def photograph(address: str, weight: float, picture: Path) -> None:
-    """Chooses a point of the sweep for mix B, asks the question, waits, and saves the whole page."""
+def photograph(address: str, chosen: argparse.Namespace) -> None:
+    """Chooses a point of the sweep for mix B, asks a question, waits, and saves the whole page."""
     options = webdriver.ChromeOptions()
     options.binary_location = str(shutil.which("chromium"))
     with tempfile.TemporaryDirectory() as profile:
@@ -68,10 +69,13 @@ def photograph(address: str, weight: float, picture: Path) -> None:
             def find(selector: str) -> list[webdriver.remote.webelement.WebElement]:
                 return driver.find_elements("css selector", selector)
 
-            chosen = f'#sweep .near[aria-label^="{describe({"verb": weight})} "]'
-            until(lambda: find(chosen))
-            find(chosen)[0].send_keys("\n")
+            point = f'#sweep .near[aria-label^="{describe({"verb": chosen.weight})} "]'
+            until(lambda: find(point))
+            find(point)[0].send_keys("\n")
             until(lambda: find("#sweep .ring.mix-b"))
+            question = find("#examples button")[chosen.question]
+            question.click()
+            until(lambda: find("#question textarea")[0].get_attribute("value") == question.text)
             find("#ask")[0].click()
             until(lambda: find(".status.busy"))
             until(lambda: not find(".status.busy") and not find(".gauge.unknown"))
@@ -85,8 +89,8 @@ def photograph(address: str, weight: float, picture: Path) -> None:
             image = Image.open(io.BytesIO(driver.get_screenshot_as_png())).convert("RGB")
         finally:
             driver.quit()
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    image.quantize(COLORS, dither=Image.Dither.NONE).save(picture, optimize=True)
+    chosen.picture.parent.mkdir(parents=True, exist_ok=True)
+    image.quantize(COLORS, dither=Image.Dither.NONE).save(chosen.picture, optimize=True)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ _QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"
 _LIGHT: dict[str, Any] = {**_QUIET, "queue": False}  # touches no model
 _HEAVY: dict[str, Any] = {**_QUIET, "concurrency_id": "model", "concurrency_limit": 1}
 _STATES = {
-    "waiting": "Waiting for its turn …",
+    "waiting": "Reading the question …",
     "writing": "Writing …",
     "complete": "The model ended here",
     "cut off": "Cut off at the longest answer allowed",

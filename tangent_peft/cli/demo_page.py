@@ -154,8 +154,8 @@ def _lay_out_card(session: DemoSession, name: str, card: Card, weights: Sequence
         card.warning = _html("", elem_id=f"warning-{letter}")
         card.answer = gr.Textbox(
             label=f"Answer of mix {name}",
-            lines=9,
-            max_lines=14,
+            lines=11,
+            max_lines=11,
             interactive=False,
             placeholder="Press “Ask both mixes”.",
             buttons=["copy"],

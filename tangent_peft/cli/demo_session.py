@@ -11,8 +11,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -120,7 +119,7 @@ class DemoSession:
     def stream_answers(
         self, prompt: Prompt, mixes: Sequence[Mapping[str, float]], options: AskOptions
     ) -> Iterator[list[Answer]]:
-        """The answers of all mixes, again and again as they grow; the last ones are whole.
+        """The answers of all mixes, one row of a batch each, again and again as they grow; the last are whole.
 
         Args:
             prompt: from `prepare`.
@@ -132,46 +131,44 @@ class DemoSession:
         """
         job = _AnswerJob(prompt, [dict(mix) for mix in mixes], options)
         worker = threading.Thread(target=self._answer, args=(job,), name="demo-answers", daemon=True)
-        answers = [Answer() for _ in mixes]
         worker.start()
         try:
-            yield list(answers)
+            answers = [Answer() for _ in mixes]
+            yield answers
             while (update := job.updates.get()) is not None:
                 if isinstance(update, BaseException):
                     raise update
-                first, grown = update
-                answers[first : first + len(grown)] = grown
-                if job.updates.empty():
-                    yield list(answers)
-            yield [replace(answer, state="stopped") if answer.state == "waiting" else answer for answer in answers]
+                answers = update
+                if job.updates.empty():  # a slow reader need not see every token
+                    yield answers
+            yield answers
         finally:
             job.stop.set()  # for a reader that went away
             worker.join()
 
     def _answer(self, job: _AnswerJob) -> None:
         try:
-            with self._job():
+            with self._job(), self.model.linearized(job.options.linearized):
                 self._stop = job.stop
-                for index, mix in enumerate(job.mixes):
-                    if not job.stop.is_set():
-                        with self.model.axes(mix), self.model.linearized(job.options.linearized):
-                            self._generate(job, index)
+                self._generate(job)
             job.updates.put(None)
         except BaseException as error:
             job.updates.put(error)
 
-    def _generate(self, job: _AnswerJob, index: int) -> None:
+    def _generate(self, job: _AnswerJob) -> None:
         sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if job.options.temperature > 0:
             sampling = {"do_sample": True, "temperature": job.options.temperature}
         ends = self._end_tokens()
         padding = self.tokenizer.pad_token_id
+        rows = {name: value.expand(len(job.mixes), -1) for name, value in job.prompt.inputs.items()}
         self.model.generate(
-            **job.prompt.inputs,
+            **rows,
             **sampling,
+            axis_weights=job.mixes,
             max_new_tokens=job.options.max_new_tokens,
             pad_token_id=min(ends, default=None) if padding is None else padding,
-            streamer=RowStreamer(self.tokenizer, ends, partial(job.publish, index), job.stop.is_set),
+            streamer=RowStreamer(self.tokenizer, ends, job.updates.put, job.stop.is_set),
             stopping_criteria=StoppingCriteriaList([StopOn(job.stop)]),
         )
 
@@ -262,10 +259,6 @@ class _AnswerJob:
 
     def __init__(self, prompt: Prompt, mixes: list[dict[str, float]], options: AskOptions) -> None:
         self.prompt, self.mixes, self.options = prompt, mixes, options
-        # (index of the first, answers so far), an error, or `None` at the end
-        self.updates: queue.SimpleQueue[tuple[int, Sequence[Answer]] | BaseException | None] = queue.SimpleQueue()
+        # all answers as far as they are written, an error, or `None` at the end
+        self.updates: queue.SimpleQueue[list[Answer] | BaseException | None] = queue.SimpleQueue()
         self.stop = threading.Event()
-
-    def publish(self, first: int, answers: Sequence[Answer]) -> None:
-        """Hands on the answers of the mixes from `first` on."""
-        self.updates.put((first, answers))

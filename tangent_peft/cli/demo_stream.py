@@ -6,7 +6,7 @@ Knows tokens and text; neither axes nor the page.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -48,7 +48,7 @@ class RowStreamer(BaseStreamer):
         self,
         tokenizer: PreTrainedTokenizerBase,
         ends: Collection[int],
-        publish: Callable[[Sequence[Answer]], None],
+        publish: Callable[[list[Answer]], None],
         stopped: Callable[[], bool],
     ) -> None:
         self.tokenizer, self.ends, self.publish, self.stopped = tokenizer, frozenset(ends), publish, stopped

@@ -60,7 +60,7 @@ def test_stop_ends_both_answers(session: DemoSession) -> None:
         if answers[0].tokens:
             session.stop()
     assert [answer.state for answer in updates[-1]] == ["stopped", "stopped"]
-    assert 0 < updates[-1][0].tokens < 200 and updates[-1][1].tokens == 0
+    assert all(0 < answer.tokens < 200 for answer in updates[-1])
 
 
 def test_a_reader_that_leaves_blocks_nobody(session: DemoSession) -> None:
