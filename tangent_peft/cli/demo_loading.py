@@ -123,10 +123,11 @@ def check_sweep(sweep: SavedSweep, axes: Sequence[str], file: str) -> None:
 
 def _load_base(base: str) -> tuple[Any, PreTrainedTokenizerBase, str]:
     """The base model in eval mode on the machine's accelerator, its tokenizer, and the name to show."""
-    # The quickstart's axes name a folder of the cache, which a user may have emptied since.
-    if base == SMOLLM2 or Path(base).name.startswith("smollm2-135m-instruct-"):
+    quickstart = base == SMOLLM2 or Path(base).name.startswith("smollm2-135m-instruct-")
+    shown = "SmolLM2-135M-Instruct" if quickstart else Path(base).name
+    if quickstart and not Path(base).is_dir():  # the folder is in a cache, which may have been emptied
         smollm2, tokenizer = load_smollm2()
-        return smollm2.eval(), tokenizer, "SmolLM2-135M-Instruct"
+        return smollm2.eval(), tokenizer, shown
     if not Path(base).is_dir() and (Path(base).is_absolute() or base.count(os.sep) > 1):
         raise FileNotFoundError(
             f"There is no folder {base}, which the axes name as their base model. Say where it is now: --base FOLDER"
@@ -135,7 +136,7 @@ def _load_base(base: str) -> tuple[Any, PreTrainedTokenizerBase, str]:
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
     if torch.cuda.is_available():
         model = model.to("cuda")
-    return model.eval(), tokenizer, Path(base).name
+    return model.eval(), tokenizer, shown
 
 
 def _load_axes(base: Any, folders: dict[str, Path]) -> Any:

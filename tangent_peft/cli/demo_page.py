@@ -19,6 +19,19 @@ from tangent_peft.tuner.axes import SAFE_WEIGHT
 
 
 HOST = "127.0.0.1"
+_GLOSSARY = f"""<dl class="glossary">
+<dt>Preference, axis</dt><dd>A direction in which the model was trained to change, once. A mix adds directions, each
+times the number on its slider.</dd>
+<dt>As trained (linearized)</dt><dd>The model in the form in which the directions were trained. Here a slider has an
+even effect: twice the number moves the model's scores for each word exactly twice as far.</dd>
+<dt>As exported (ordinary weights)</dt><dd>The ordinary model that an export writes, for other software to run. It is
+close to the trained form while the numbers are small.</dd>
+<dt>Linearity gap</dt><dd>How far the two forms are apart, measured on a few questions: the difference between them,
+as a share of all that the mix changes. Up to 0.1 they say the same; up to 0.5 read the answers of both; beyond that
+the export has to be judged on its own.</dd>
+<dt>Safe range</dt><dd>Up to ±{SAFE_WEIGHT:g}: farther out, mixes were found to break down.</dd>
+</dl>
+"""
 REACH = 4.0  # of a slider, so that the edge of the safe range can be seen
 
 _CLICKED = """
@@ -48,6 +61,8 @@ def build_page(session: DemoSession) -> gr.Blocks:
                 _lay_out_sweep(session, parts)
             with gr.Column(scale=2, min_width=320, elem_classes="card"):
                 _lay_out_export(parts)
+        with gr.Accordion("What the words mean", open=False):
+            _html(_GLOSSARY)
         connect(page, parts, session)
     return page
 

@@ -46,10 +46,10 @@ def gauge(gap: float | None) -> str:
 
 def _band(gap: float) -> tuple[str, str]:
     if gap <= FINE:
-        return "fine", "an export will answer like this page"
+        return "fine", "an export answers as trained"
     if gap <= CAREFUL:
-        return "careful", "an export will differ: read its answers too"
-    return "beyond", "an export will be another model"
+        return "careful", "an export differs: try “As exported” too"
+    return "beyond", "an export is another model"
 
 
 # ---- the sweep -------------------------------------------------------------------------------------------------------
@@ -191,16 +191,20 @@ def _point(sweep: SavedSweep, index: int, view: View, frame: _Frame) -> str:
 
 
 def _captions(points: Sequence[SweepPoint], view: View, frame: _Frame) -> str:
-    """The weights beside the dots; dots that lie on each other share a caption."""
-    places: dict[tuple[int, int], list[str]] = {}
+    """The weights above the dots, beside those that are marked; dots that lie on each other share a caption."""
+    places: dict[tuple[int, int], list[SweepPoint]] = {}
     for point in points:
         place = round(frame.x(point.scores[view.x])), round(frame.y(point.scores[view.y]))
-        places.setdefault(place, []).append(short(point.weights))
+        places.setdefault(place, []).append(point)
     lines = []
-    for (x, y), weights in places.items():
-        shown = "  ".join(weights[:4]) + (" …" if len(weights) > 4 else "")
-        side = f'x="{x - 10}" text-anchor="end"' if x > WIDTH - RIGHT - 60 else f'x="{x + 10}"'
-        lines.append(f'<text class="weight" {side} y="{y - 8}">{escape(shown)}</text>')
+    for (x, y), found in places.items():
+        shown = "  ".join(short(point.weights) for point in found[:4]) + (" …" if len(found) > 4 else "")
+        marked = any(same_mix(mix, point.weights) for mix in view.marked.values() for point in found)
+        at = f'x="{x}" y="{y - 10}" text-anchor="middle"'
+        if marked:  # the letter is above
+            left = x > WIDTH - RIGHT - 50
+            at = f'x="{x - 17 if left else x + 17}" y="{y + 4}" text-anchor="{"end" if left else "start"}"'
+        lines.append(f'<text class="weight" {at}>{escape(shown)}</text>')
     return "".join(lines)
 
 
