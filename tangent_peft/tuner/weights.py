@@ -55,10 +55,3 @@ class TangentFactors:
             return self.dense
         assert self.b is not None and self.a is not None
         return self.b @ self.a
-
-    def square_norm(self) -> Tensor:
-        """‖λ·ΔW‖², the squared Frobenius norm, a scalar in float64; ‖B·A‖² = tr(BᵀB·AAᵀ) without forming B·A."""
-        if self.dense is not None:
-            return self.dense.square().sum(dtype=torch.float64)
-        assert self.b is not None and self.a is not None
-        return ((self.b.mT @ self.b) * (self.a @ self.a.mT)).sum(dtype=torch.float64)
