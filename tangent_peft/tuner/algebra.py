@@ -1,14 +1,7 @@
 """The geometry of axes: inner products, norms, and the part of an axis that is orthogonal to others.
 
-⟨τᵢ, τⱼ⟩ is the Frobenius inner product of ΔWᵢ and ΔWⱼ, at λ = 1, summed over the layers in float64. No product of
-factors is formed (∘ multiplies entry by entry, Σ adds the entries up):
-
-dense, dense           Σ ΔWᵢ ∘ ΔWⱼ
-dense, low rank        Σ (ΔWᵢ Aⱼᵀ) ∘ Bⱼ
-low rank, low rank     Σ (BᵢᵀBⱼ) ∘ (AᵢAⱼᵀ)       = tr(BᵢᵀBⱼ · AⱼAᵢᵀ); of one shared projection, AAᵀ = 1, it is ⟨Bᵢ, Bⱼ⟩
-
-The last line is computed as it stands for shared projections too: A is orthonormal only up to the rounding of the dtype
-in which it runs. A layer that only one of two axes wraps adds nothing: the other's ΔW is zero there. Nothing here knows
+⟨τᵢ, τⱼ⟩ is the Frobenius inner product of ΔWᵢ and ΔWⱼ, at λ = 1, summed over the layers in float64; `weights.py` has
+that of one layer. A layer that only one of two axes wraps adds nothing: the other's ΔW is zero there. Nothing here knows
 of λ, of what is active, or of modules that an axis keeps (`modules_to_save`).
 """
 
@@ -24,9 +17,6 @@ from tangent_peft.forward import gathered, whole
 from tangent_peft.tuner.axes import tangent_layers
 from tangent_peft.tuner.layer import TangentLayer
 from tangent_peft.tuner.weights import TangentFactors
-
-
-CHUNK = 2**24  # entries of a dense ΔW that are held in float64 at a time
 
 
 def axis_norm(model: nn.Module, axis: str) -> float:
@@ -59,12 +49,12 @@ def axis_inner(model: nn.Module, first: str, second: str) -> float:
     return float(axis_gram(model, [first, second])[0, 1])
 
 
-def axis_gram(model: nn.Module, names: Sequence[str] | None = None, cosine: bool = False) -> Tensor:
+def axis_gram(model: nn.Module, names: Sequence[str], cosine: bool = False) -> Tensor:
     """The inner products of several axes with each other.
 
     Args:
         model: the wrapped model; all processes of a sharded one call this together.
-        names: the K axes; `None`: all of them.
+        names: the K axes.
         cosine: divide by the norms: ⟨τᵢ, τⱼ⟩ / (‖τᵢ‖ ‖τⱼ‖).
 
     Returns:
@@ -73,7 +63,7 @@ def axis_gram(model: nn.Module, names: Sequence[str] | None = None, cosine: bool
     Raises:
         ValueError: for an unknown axis, a tangent that is not finite, or, with `cosine`, one that is zero.
     """
-    chosen = _known(model) if names is None else _as_list(names)
+    chosen = _as_list(names)
     gram = _gram(model, chosen)
     for index, name in enumerate(chosen):
         if not math.isfinite(gram[index, index]):
@@ -179,26 +169,9 @@ def _layer_gram(layer: TangentLayer, names: Sequence[str]) -> Tensor:
         gram = torch.zeros(len(names), len(names), dtype=torch.float64)
         for i, x in enumerate(factors):
             for j, y in enumerate(factors[: i + 1]):
-                gram[i, j] = gram[j, i] = inner(x, y).item()
+                gram[i, j] = gram[j, i] = x.inner(y).item()
     return gram
 
 
 def _whole(factors: TangentFactors) -> TangentFactors:
     return TangentFactors(**{name: None if x is None else whole(x) for name, x in vars(factors).items()})
-
-
-def inner(x: TangentFactors, y: TangentFactors) -> Tensor:
-    """⟨ΔWₓ, ΔW_y⟩ at one layer, a scalar in float64 on its device; see the table above."""
-    if x.dense is None and y.dense is not None:
-        x, y = y, x
-    if x.dense is None:
-        assert x.b is not None and x.a is not None and y.b is not None and y.a is not None
-        return ((x.b.double().mT @ y.b.double()) * (x.a.double() @ y.a.double().mT)).sum()
-    other = y.b if y.dense is None else y.dense
-    assert other is not None
-    rows = max(1, CHUNK * x.dense.shape[-2] // x.dense.numel())
-    total = torch.zeros((), dtype=torch.float64, device=x.dense.device)
-    for part, others in zip(x.dense.split(rows, dim=-2), other.split(rows, dim=-2), strict=True):
-        projected = part.double() if y.a is None else part.double() @ y.a.double().mT
-        total += (projected * others.double()).sum()
-    return total

@@ -166,7 +166,8 @@ def _fill(layer: TangentLayer, adapter_name: str, factors: TangentFactors) -> No
         holder = layer.get_submodule(attribute)
         if isinstance(holder, nn.ModuleDict) and adapter_name in holder and value is not None:
             weight = leaf_weight(holder, adapter_name)
-            copied = value.detach().to(weight.device).expand(weight.shape).clone()
+            whole = value.detach().to(weight.device).expand(weight.shape)
+            copied = whole.clone(memory_format=torch.contiguous_format)  # a decomposition gives columns
             if isinstance(layer, TangentEmbedding) and layer.padding_idx is not None and attribute != "tangent_B":
                 copied[..., layer.padding_idx] = 0.0  # a decomposition may leave rounding there
             holder[adapter_name].weight = nn.Parameter(copied, requires_grad=False)

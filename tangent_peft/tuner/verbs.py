@@ -164,8 +164,8 @@ class AxisVerbs(BaseTuner):
         return algebra.axis_inner(self.model, first, second)
 
     def axis_gram(self, names: Sequence[str] | None = None, cosine: bool = False) -> Tensor:
-        """All ⟨τᵢ, τⱼ⟩ (K, K), or their cosines; see `tangent_peft.tuner.algebra.axis_gram`."""
-        return algebra.axis_gram(self.model, names, cosine)
+        """All ⟨τᵢ, τⱼ⟩ (K, K) of these axes or of all, or cosines; see `tangent_peft.tuner.algebra.axis_gram`."""
+        return algebra.axis_gram(self.model, list(self.peft_config) if names is None else names, cosine)
 
     def orthogonalize_axis(self, name: str, against: str | Sequence[str], adapter_name: str) -> dict[str, float]:
         """Stores what is left of an axis without its components along others: τ − Σ cⱼ τⱼ, orthogonal to every τⱼ.
