@@ -1,8 +1,8 @@
 """The geometry of axes: inner products, norms, and the part of an axis that is orthogonal to others.
 
 ⟨τᵢ, τⱼ⟩ is the Frobenius inner product of ΔWᵢ and ΔWⱼ, at λ = 1, summed over the layers in float64; `weights.py` has
-that of one layer. A layer that only one of two axes wraps adds nothing: the other's ΔW is zero there. Nothing here knows
-of λ, of what is active, or of modules that an axis keeps (`modules_to_save`).
+that of one layer. A layer that only one of two axes wraps adds nothing: the other's ΔW is zero there. Nothing here
+knows of λ, of what is active, or of modules that an axis keeps (`modules_to_save`).
 """
 
 from __future__ import annotations

@@ -61,6 +61,11 @@ def check_sources(tuner: AxisVerbs, names: Sequence[str], adapter_name: str) -> 
     """
     if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
         raise ValueError(f"The name of a new axis is a string without dots, found {adapter_name!r}.")
+    if adapter_name in dir(nn.ModuleDict):
+        raise ValueError(
+            f"{adapter_name!r} is the name of something that every torch module has, so PEFT can not keep an adapter "
+            "under it. Choose another name."
+        )
     if adapter_name in tuner.peft_config:
         raise ValueError(
             f"An axis named {adapter_name!r} exists already. Choose another name, or delete it first with "

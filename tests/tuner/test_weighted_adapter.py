@@ -358,6 +358,7 @@ def test_clamping_as_lora_does() -> None:
         ({"weights": [1.0, "much"]}, "'verb' is 'much'"),
         ({"adapter_name": "verb"}, "'verb' exists already"),
         ({"adapter_name": "a.b"}, "without dots, found 'a.b'"),
+        ({"adapter_name": "half"}, "'half' is the name of something that every torch module has"),
         ({"adapter_name": ""}, "without dots, found ''"),
         ({"combination_type": "slerp"}, r"one of \['linear', 'cat', 'svd', 'ties'.*found 'slerp'"),
         ({"combination_type": "ties"}, "'ties' needs `density`.*found None"),
