@@ -71,7 +71,7 @@ def test_a_refused_architecture(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["jamba", "mamba"])
 def test_a_weight_that_is_read(family: str, tmp_path: Path) -> None:
-    """Mamba multiplies by the weight of dt_proj itself: nobody asks for what a LoRA adds to the output of that layer."""
+    """Mamba multiplies by the weight of dt_proj itself, and never asks for what a LoRA adds to its output."""
     excluded = ["out_proj"] if family == "mamba" else None
     model = get_peft_model(build(family), config("shared", exclude_modules=excluded)).eval()
     mix = model.axis_weights
