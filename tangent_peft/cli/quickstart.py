@@ -166,9 +166,10 @@ def _collect(report: QuickstartReport, evaluated: dict[str, Any]) -> None:
 
 def _export(options: QuickstartOptions, report: QuickstartReport, console: Console) -> None:
     model, tokenizer = jobs.load_axes(options)
-    model.export_merged(options.output / "merged", EXPORTED, tokenizer)
+    how = {"overwrite": True, "calibration": jobs.calibration_batches(tokenizer)}
+    model.export_merged(options.output / "merged", EXPORTED, tokenizer, **how)
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # said in the line printed below
-        exported = model.export_lora(options.output / "lora", EXPORTED)
+        exported = model.export_lora(options.output / "lora", EXPORTED, **how)
     report.lora = {"weights": EXPORTED, "rank": exported.rank, "relative_error": exported.relative_error}
     console.print(
         f"exported {EXPORTED} as an ordinary model and as a LoRA of rank {exported.rank}; the head is tied, so load "
