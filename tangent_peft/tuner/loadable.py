@@ -120,7 +120,6 @@ def check_called(tuner: AxisVerbs, weights: Mapping[str, float], layers: Collect
         inputs["decoder_input_ids"] = inputs["input_ids"]
     guarded, was_training = [(layer, layer.tangent_guarded) for layer in layers], model.training
     with preserved(tuner), tuner.linearized(False):
-        tuner.tangent_live.rows = None
         switch(tuner, dict.fromkeys(weights, 1.0))
         model.eval()
         try:
