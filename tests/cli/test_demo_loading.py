@@ -13,9 +13,10 @@ import pytest
 from strong_axes import two_axes
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from tangent_peft.cli.demo_loading import find_axes, load_demo
+from tangent_peft.cli.demo_loading import load_demo
 from tangent_peft.cli.demo_options import check_port
 from tangent_peft.cli.main import main
+from tangent_peft.cli.saved_axes import find_axes
 from tangent_peft.evaluate import SweepPoint, save_sweep
 
 
