@@ -83,6 +83,23 @@ def test_a_weight_that_is_read(family: str, tmp_path: Path) -> None:
     assert_equal(logits(PeftModel.from_pretrained(build(family), tmp_path / "lora").eval(), **IDS), expected)
 
 
+def test_a_model_that_needs_more_than_tokens(tmp_path: Path) -> None:
+    model = tangent_model("qwen3", "shared")
+    base, expected = model.get_base_model(), logits(tangent_model("qwen3", "shared", linearize=False), **IDS)
+    forward = base.forward
+
+    def demanding(*args: object, style: str | None = None, **kwargs: object) -> object:
+        if style is None:
+            raise TypeError("forward() needs a style")
+        return forward(*args, **kwargs)
+
+    base.forward = demanding
+    with pytest.warns(UserWarning, match=r"Qwen3ForCausalLM does not run on two token ids.*needs a style") as caught:
+        model.export_lora(tmp_path, calibration=False)
+    assert caught[0].filename == __file__
+    assert_equal(logits(PeftModel.from_pretrained(tangent_model("qwen3").unload(), tmp_path), **IDS), expected)
+
+
 @pytest.mark.parametrize("name", ["internvl", "mistral3", "qwen2_vl", "llava"])
 def test_vision_language_models(name: str, tmp_path: Path) -> None:
     """The tie of head and embedding may be said in either configuration, or not at all."""
