@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, PeftModel, PeftType, TaskType
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from peft import PeftModel
 
-from tangent_peft.tuner import TangentConfig
+from tangent_peft.cli.saved_axes import axis_config, load_axes, load_base, one_base
 from tangent_peft.tuner.atomic import check_place
 from tangent_peft.tuner.calibration import CalibrationData
 from tangent_peft.tuner.record import RECORD, Export
@@ -26,7 +24,7 @@ class ExportOptions:
         weights: λ by axis.
         output: folder to write.
         merged: write an ordinary model instead of a LoRA.
-        base: base model; `None`: the one that the first axis names.
+        base: base model; `None`: the one that the axes name.
         dtype: that the base is loaded in.
         overwrite: replace an earlier export.
         prompts: file of prompts to measure the linearity gap on, one a line.
@@ -37,7 +35,7 @@ class ExportOptions:
         max_shard_size: of a merged model.
     """
 
-    axes: dict[str, str]
+    axes: dict[str, Path]
     weights: dict[str, float]
     output: Path
     merged: bool = False
@@ -60,7 +58,7 @@ def run_export(options: ExportOptions) -> Export:
         OSError: if a model or a file can not be read, or the output exists.
     """
     check_place(options.output, options.overwrite, RECORD)
-    model: Any = load_axes(options)
+    model: Any = _load(options)
     written: dict[str, Any] = {"overwrite": options.overwrite, "calibration": _calibration(model, options)}
     if options.merged:
         return model.export_merged(options.output, options.weights, max_shard_size=options.max_shard_size, **written)
@@ -69,36 +67,17 @@ def run_export(options: ExportOptions) -> Export:
     )
 
 
-def load_axes(options: ExportOptions) -> PeftModel:
+def _load(options: ExportOptions) -> PeftModel:
     """The base model with the axes of the mix."""
     unknown = sorted(set(options.weights) - set(options.axes))
     if unknown:
         raise ValueError(
             f"--weights names {unknown}, and the axes given are {sorted(options.axes)}. Give folders as NAME=FOLDER."
         )
-    configs = {name: _axis_config(folder) for name, folder in options.axes.items()}
-    first = next(iter(configs.values()))
-    name = options.base or first.base_model_name_or_path
-    if not name:
-        raise ValueError(f"{next(iter(options.axes.values()))} does not name the base it belongs to. Pass --base.")
-    auto = AutoModelForSequenceClassification if first.task_type == TaskType.SEQ_CLS else AutoModelForCausalLM
-    base = auto.from_pretrained(name, dtype=options.dtype).eval()
-    model: PeftModel | None = None
-    for axis, folder in options.axes.items():
-        if model is None:
-            model = PeftModel.from_pretrained(base, folder, adapter_name=axis)
-        else:
-            model.load_adapter(folder, adapter_name=axis)
-    assert model is not None
-    return model.eval()
-
-
-def _axis_config(folder: str) -> PeftConfig:
-    config = PeftConfig.from_pretrained(folder)
-    if not isinstance(config, TangentConfig):
-        kind = PeftType(config.peft_type).value
-        raise ValueError(f"{folder} holds an adapter of type {kind}, no tangent axis. Name a saved axis.")
-    return config
+    mixed = {name: options.axes[name] for name in options.weights}
+    task = axis_config(next(iter(mixed.values()))).get("task_type")
+    base = load_base(options.base or one_base(mixed), task, options.dtype)
+    return load_axes(base, mixed)
 
 
 def _calibration(model: PeftModel, options: ExportOptions) -> CalibrationData:
@@ -113,23 +92,6 @@ def _calibration(model: PeftModel, options: ExportOptions) -> CalibrationData:
 
 
 # ---- arguments -------------------------------------------------------------------------------------------------------
-
-
-def parse_axes(arguments: Sequence[str]) -> dict[str, str]:
-    """Folder by axis of arguments `FOLDER` or `NAME=FOLDER`; the axis of a bare folder is called as the folder.
-
-    Raises:
-        ValueError: for a name given twice.
-    """
-    axes: dict[str, str] = {}
-    for argument in arguments:
-        name, named, folder = argument.partition("=")
-        if not named:
-            name, folder = Path(argument).resolve().name, argument
-        if name in axes:
-            raise ValueError(f"Two axes are called {name!r}: {axes[name]} and {folder}. Name them as NAME=FOLDER.")
-        axes[name] = folder
-    return axes
 
 
 def parse_weights(text: str) -> dict[str, float]:

@@ -18,11 +18,11 @@ def add_export(commands: Any) -> None:
             "with a model card that states rank, error and linearity gap."
         ),
     )
-    parser.add_argument("axes", nargs="+", metavar="AXIS", help="folder of a saved axis, or NAME=FOLDER")
+    parser.add_argument("axes", nargs="+", metavar="AXIS", help="folder of a saved axis or of several, or NAME=FOLDER")
     parser.add_argument("--weights", required=True, help="λ by axis: help=1,verb=-0.5")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--format", choices=("lora", "merged"), default="lora", help="(default: %(default)s)")
-    parser.add_argument("--base", help="base model; default: the one named in the axis's adapter_config.json")
+    parser.add_argument("--base", help="base model (default: the one that the axes name)")
     dtypes = ("auto", "bfloat16", "float16", "float32")
     parser.add_argument("--dtype", choices=dtypes, default="auto", help="of the base (default: that of its files)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
@@ -38,12 +38,13 @@ def add_export(commands: Any) -> None:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from tangent_peft.cli.export import ExportOptions, parse_axes, parse_rank, parse_weights, run_export
+    from tangent_peft.cli.export import ExportOptions, parse_rank, parse_weights, run_export
+    from tangent_peft.cli.saved_axes import find_axes
 
     _refuse_strangers(options)
     export = run_export(
         ExportOptions(
-            axes=parse_axes(options.axes),
+            axes=find_axes(options.axes),
             weights=parse_weights(options.weights),
             output=options.output,
             merged=options.format == "merged",

@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -46,6 +46,7 @@ def run_quickstart(options: QuickstartOptions, console: Console | None = None) -
     """
     _require()
     from tangent_peft.cli import tables
+    from tangent_peft.evaluate import save_sweep
 
     console = Console() if console is None else console
     jobs.prepare_worker(torch.get_num_threads())
@@ -63,6 +64,7 @@ def run_quickstart(options: QuickstartOptions, console: Console | None = None) -
     tables.print_accuracy(console, report)
     tables.print_sweep(console, report, jobs.questions(options)[0])
     tables.draw(report, options.output / "pareto.png")
+    save_sweep(options.output / "sweep.json", tables.sweep_points(report), jobs.questions(options), tables.SCORES)
     begun = time.perf_counter()
     _export(options, report, console)
     report.seconds["export"] = time.perf_counter() - begun
@@ -158,7 +160,7 @@ def _collect(report: QuickstartReport, evaluated: dict[str, Any]) -> None:
     gaps = evaluated["merged"]["gaps"]
     for name in ("linearized", "merged"):
         points = evaluated[name]["sweep"]
-        report.sweep += [{**point.to_dict(), "gap": gaps[point.weights["verb"]]} for point in points]
+        report.sweep += [replace(point, gap=gaps[point.weights["verb"]]).to_dict() for point in points]
         report.kendall_tau[name] = float(kendalltau(LAMBDAS, [point.scores["length"] for point in points]).statistic)
 
 

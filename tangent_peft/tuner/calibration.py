@@ -81,7 +81,6 @@ def calibrate(tuner: AxisVerbs, weights: Mapping[str, float], data: CalibrationD
 def _at(tuner: AxisVerbs, weights: Mapping[str, float]) -> Iterator[None]:
     """One mix for all rows, also inside a block that gives each row its own; λ has been checked."""
     with preserved(tuner):
-        tuner.tangent_live.rows = None
         switch(tuner, weights)
         yield
 

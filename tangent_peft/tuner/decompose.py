@@ -48,12 +48,13 @@ def shared_rank(layers: Iterable[TangentFactors], rank: Rank) -> int | None:
     return kept
 
 
-def decompose(factors: TangentFactors, rank: int | None) -> Pair:
+def decompose(factors: TangentFactors, rank: int | None, driver: str | None = None) -> Pair:
     """(B, A) with B·A = ΔW (…, out, in), of at most `rank` columns each; the best approximation of a higher rank.
 
     Args:
         factors: one layer's tangent.
         rank: `None`: its own, and `DENSE_RANK` of a dense one.
+        driver: of cuSOLVER's SVD, for tensors on CUDA.
     """
     if factors.a is not None and factors.b is not None:
         own = factors.a.shape[-2]
@@ -61,11 +62,11 @@ def decompose(factors: TangentFactors, rank: int | None) -> Pair:
             return factors.b, factors.a
         # ΔW = B·A with A = L·Q, so the singular values of B·L are those of ΔW.
         q = torch.linalg.qr(at_least_single(factors.a).mT)[0]
-        u, s, vh = torch.linalg.svd(_core(factors), full_matrices=False)
+        u, s, vh = torch.linalg.svd(_core(factors), full_matrices=False, driver=driver)
         return u[..., :rank] * s[..., None, :rank], vh[..., :rank, :] @ q.mT
     dense = _core(factors)
     kept = min(DENSE_RANK if rank is None else rank, *dense.shape[-2:])
-    u, s, vh = torch.linalg.svd(dense, full_matrices=False)
+    u, s, vh = torch.linalg.svd(dense, full_matrices=False, driver=driver)
     return u[..., :kept] * s[..., None, :kept], vh[..., :kept, :]
 
 

@@ -109,6 +109,8 @@ def check_called(tuner: AxisVerbs, weights: Mapping[str, float], layers: Collect
         weights: the mix.
         layers: those that the LoRA has factors for.
 
+    A model that needs more than token ids is warned of, not refused.
+
     Raises:
         ValueError: naming such a layer.
     """
@@ -120,7 +122,6 @@ def check_called(tuner: AxisVerbs, weights: Mapping[str, float], layers: Collect
         inputs["decoder_input_ids"] = inputs["input_ids"]
     guarded, was_training = [(layer, layer.tangent_guarded) for layer in layers], model.training
     with preserved(tuner), tuner.linearized(False):
-        tuner.tangent_live.rows = None
         switch(tuner, dict.fromkeys(weights, 1.0))
         model.eval()
         try:
@@ -133,6 +134,13 @@ def check_called(tuner: AxisVerbs, weights: Mapping[str, float], layers: Collect
                 f"A {type(model).__name__} reads the weight of {name and name[1]!r} instead of calling the layer, so a "
                 f"LoRA on it would be lost. {_REMEDY}"
             ) from error
+        except Exception as error:
+            warnings.warn(
+                f"A {type(model).__name__} does not run on two token ids alone ({type(error).__name__}: {error}), so "
+                "whether it calls all layers of this LoRA, or reads the weights of some, was not checked. Compare the "
+                "LoRA in stock PEFT with `model.linearized(False)` before you serve it.",
+                stacklevel=7,
+            )
         finally:
             for layer, before in guarded:
                 layer.tangent_guarded = before

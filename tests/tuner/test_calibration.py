@@ -81,3 +81,18 @@ def test_a_weight_outside_the_safe_range_is_warned_of_once(tmp_path: Path) -> No
         model.export_lora(tmp_path / "lora", {"help": 3.5})
     found = [entry for entry in caught if "λ = 3.5" in str(entry.message)]
     assert len(found) == 1 and found[0].filename == __file__
+
+
+@pytest.mark.filterwarnings("ignore:.*head.* tied")
+def test_inside_a_block_that_mixes_rows(tmp_path: Path) -> None:
+    """A mix that is named is exported and measured as anywhere; rows with a mix each are no one mix."""
+    model = two_axes()
+    expected = calibrate(tangent_tuner(model), WEIGHTS, True)
+    mixes = [{"help": 1.0}, {"verb": 2.0}]
+    with model.axes(mixes):
+        assert model.export_lora(tmp_path / "lora", WEIGHTS).gap == expected.gap
+        with pytest.raises(ValueError, match="differs from row to row"):
+            model.export_lora(tmp_path / "rows")
+        ids = {"input_ids": batch()["input_ids"][:2]}
+        mixed = logits(model, **ids)
+    assert torch.equal(mixed, logits(model, **ids, axis_weights=mixes))

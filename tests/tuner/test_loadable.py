@@ -71,7 +71,7 @@ def test_a_refused_architecture(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["jamba", "mamba"])
 def test_a_weight_that_is_read(family: str, tmp_path: Path) -> None:
-    """Mamba multiplies by the weight of dt_proj itself: nobody asks for what a LoRA adds to the output of that layer."""
+    """Mamba multiplies by the weight of dt_proj itself, and never asks for what a LoRA adds to its output."""
     excluded = ["out_proj"] if family == "mamba" else None
     model = get_peft_model(build(family), config("shared", exclude_modules=excluded)).eval()
     mix = model.axis_weights
@@ -81,6 +81,23 @@ def test_a_weight_that_is_read(family: str, tmp_path: Path) -> None:
     model = get_peft_model(build(family), config("shared", exclude_modules=["out_proj", "dt_proj"])).eval()
     expected = exported(model, tmp_path / "lora")
     assert_equal(logits(PeftModel.from_pretrained(build(family), tmp_path / "lora").eval(), **IDS), expected)
+
+
+def test_a_model_that_needs_more_than_tokens(tmp_path: Path) -> None:
+    model = tangent_model("qwen3", "shared")
+    base, expected = model.get_base_model(), logits(tangent_model("qwen3", "shared", linearize=False), **IDS)
+    forward = base.forward
+
+    def demanding(*args: object, style: str | None = None, **kwargs: object) -> object:
+        if style is None:
+            raise TypeError("forward() needs a style")
+        return forward(*args, **kwargs)
+
+    base.forward = demanding
+    with pytest.warns(UserWarning, match=r"Qwen3ForCausalLM does not run on two token ids.*needs a style") as caught:
+        model.export_lora(tmp_path, calibration=False)
+    assert caught[0].filename == __file__
+    assert_equal(logits(PeftModel.from_pretrained(tangent_model("qwen3").unload(), tmp_path), **IDS), expected)
 
 
 @pytest.mark.parametrize("name", ["internvl", "mistral3", "qwen2_vl", "llava"])
