@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from tangent_peft.forward.attention import derive_attention
 from tangent_peft.forward.cache import refuse_lost_tangents, reveal_cross_attention
@@ -39,11 +38,14 @@ from tangent_peft.forward.level import (
     split,
 )
 from tangent_peft.forward.losses import asks_for_loss, join_at_losses, refuse_linearized_loss
+from tangent_peft.forward.norms import derive_norms
 from tangent_peft.forward.opaque import OpaqueLinear
 from tangent_peft.forward.randomness import random_state, refuse_randomness
 from tangent_peft.forward.replay import replay_blocks, replayable_blocks
+from tangent_peft.forward.rotary import derive_rotations
 from tangent_peft.forward.rules import carry_through_engines, derive_host_code
-from tangent_peft.forward.support import refuse_hub_kernels
+from tangent_peft.forward.structure import Structure
+from tangent_peft.forward.support import is_model, refuse_hub_kernels
 
 
 class LinearizedForward:
@@ -60,6 +62,7 @@ class LinearizedForward:
     ) -> None:
         self.root, self.carriers = root, list(carriers)
         self._forced: Gradient | None = None
+        self._structure: Structure | None = None
         head = find_head(root)
         self.guarded = [carrier for carrier in self.carriers if carrier is head]
         exit_ = find_exit(root, set(self.carriers))
@@ -105,14 +108,18 @@ class LinearizedForward:
             return
         refuse_compilation(root)
         self._check(root)
-        opened = open_pass(root, mix, caller=sys._getframe(1))
+        self._structure = Structure.of(root, self._structure)
+        opened = open_pass(root, mix, sys._getframe(1), self._structure)
         self._guard(True)  # not before: the pass of another thread that just ended took it away
         try:
             refuse_hub_kernels(opened)
             derive_attention(opened)
             derive_host_code(opened)
+            derive_norms(opened)
+            derive_rotations(opened)
             derive_experts(opened)
-            replay_blocks(opened, self._gradient(), self._forced is None, kwargs)
+            if root.training:  # transformers checkpoints in train mode only
+                replay_blocks(opened, self._gradient(), self._forced is None, kwargs)
             freeze_input(opened)
             carry_through_engines(opened)
             if root.training and torch.is_grad_enabled():
@@ -187,7 +194,7 @@ def freeze_input(opened: LinearizedPass) -> None:
     """
     if not torch.is_grad_enabled():
         return
-    for model in [module for module in opened.modules if isinstance(module, PreTrainedModel)]:
+    for model in opened.structure.select(is_model):
         try:
             embedding = model.get_input_embeddings()
         except NotImplementedError:  # as in `enable_input_require_grads`, which asks every model inside as well

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from tangent_peft.forward.structure import Structure
+
 
 TURN_TIMEOUT_S = 600.0  # a thread that waits longer for another's pass waits for a thread that waits for it
 _POLL_S = 0.05  # how often a waiting thread looks whether the pass it waits for was interrupted
@@ -32,7 +34,7 @@ class LinearizedPass:
     Attributes:
         root: the module whose call opened the pass.
         mix: identity of the tangents of this pass; equal mixes may share a key/value cache.
-        modules: those of `root`, found once for all who look through them.
+        structure: the modules of `root`, found once for all who look through them.
         primal_attention: the attention implementation the user chose, by `id` of the model config that names it.
         hidden: primal and tangent (B, T, D) of the backbone's last hidden state, if the tangent ended there.
         random_state: state of the random generator when a training forward began, which must draw nothing.
@@ -45,7 +47,7 @@ class LinearizedPass:
 
     root: nn.Module
     mix: Hashable
-    modules: list[nn.Module] = field(init=False)
+    structure: Structure
     primal_attention: dict[int, str] = field(default_factory=dict)
     hidden: tuple[Tensor, Tensor | None] | None = None
     random_state: Tensor | None = None
@@ -54,9 +56,6 @@ class LinearizedPass:
     modes: ExitStack = field(default_factory=ExitStack)
     caller: FrameType | None = None
     thread: threading.Thread = field(default_factory=threading.current_thread)
-
-    def __post_init__(self) -> None:
-        self.modules = list(self.root.modules())
 
     def is_running(self) -> bool:
         """Whether the call that opened the pass has not ended yet."""
@@ -107,19 +106,22 @@ def _await_turn(root: nn.Module) -> None:
         close_interrupted_pass()
 
 
-def open_pass(root: nn.Module, mix: Hashable, caller: FrameType | None = None) -> LinearizedPass:
+def open_pass(
+    root: nn.Module, mix: Hashable, caller: FrameType | None = None, structure: Structure | None = None
+) -> LinearizedPass:
     """Enters a dual level for a forward of `root`, once no other thread has one open.
 
     Args:
         root: the module whose call is the pass.
         mix: identity of its tangents.
         caller: the frame of that call; the caller of this function by default.
+        structure: the modules of `root`; found anew by default.
 
     Raises:
         RuntimeError: if a dual level is open already; PyTorch does not nest them.
     """
     global _open_pass
-    opened = LinearizedPass(root, mix, caller=caller or sys._getframe(1))
+    opened = LinearizedPass(root, mix, structure or Structure.of(root), caller=caller or sys._getframe(1))
     with _turn:
         _await_turn(root)
         if _open_pass is not None:

@@ -1,0 +1,38 @@
+"""W x and W ẋ of a few rows, for one read of W.
+
+A decoding step multiplies every weight by a handful of rows, and reading the weight takes longer than multiplying by
+it. Both products are therefore one. On a CPU the rows stand to the right of W as columns while there are few of them:
+with two rows, one product W·[x ẋ] of MKL took 0.7 of the time of W x alone, and [x; ẋ]·Wᵀ took 1.6 (float32, shapes of
+SmolLM2-135M). This file knows tensors only.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+COLUMNS = 4  # up to so many rows, tangents counted, they are faster as columns
+_AS_COLUMNS = (torch.float32, torch.float64)  # oneDNN's products in half precision are not
+
+
+def both_products(weight: Tensor, x: Tensor, dx: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """W x + b and W ẋ, both (…, out).
+
+    Args:
+        weight: W (out, in).
+        x: (…, in).
+        dx: ẋ, of the same shape.
+        bias: b (out,), or `None`.
+    """
+    size = weight.shape[1]
+    rows = torch.cat([x.reshape(-1, size), dx.reshape(-1, size)])
+    if rows.shape[0] <= COLUMNS and weight.device.type == "cpu" and weight.dtype in _AS_COLUMNS:
+        products = (weight @ rows.mT).mT
+    else:
+        products = F.linear(rows, weight)
+    y, dy = products.chunk(2)
+    # With a storage of its own, y can be made dual without copying the tangent.
+    y = y.clone(memory_format=torch.contiguous_format) if bias is None else y + bias
+    return y.view(*x.shape[:-1], -1), dy.reshape(*x.shape[:-1], -1)
