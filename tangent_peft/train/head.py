@@ -101,7 +101,7 @@ def _head_of(model: PreTrainedModel, head: Any) -> Head:
     if not isinstance(head, TangentLayer):
         return Head(read_weight(head), head.bias, scale=scale, softcap=softcap)
     linear: Any = head.get_base_layer()
-    factors = [head.factors(name, weight) for name, weight in head.carried_axes().items()]
+    factors = [head.factors(name, weight) for name, weight in head.uniform_axes().items()]
     dense = [f.dense for f in factors if f.dense is not None]
     bs, projections = [f.b for f in factors if f.b is not None], [f.a for f in factors if f.a is not None]
     return Head(

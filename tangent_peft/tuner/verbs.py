@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner
 from transformers import PreTrainedTokenizerBase
 
-from tangent_peft.tuner import axes, export, stored
+from tangent_peft.tuner import axes, export, rows, stored
 from tangent_peft.tuner.config import TangentConfig
+from tangent_peft.tuner.live import LiveMix
 
 
 class AxisVerbs(BaseTuner):
     """Abstract: the verbs of a model with axes. `TangentModel` says how its layers are wrapped."""
 
     peft_config: dict[str, TangentConfig]  # type: ignore[assignment]  # PEFT lets no other method in beside it
+    tangent_live: LiveMix  # shared with all layers
 
     # ---- axes --------------------------------------------------------------------------------------------------
 
@@ -43,12 +46,26 @@ class AxisVerbs(BaseTuner):
         return axes.active_weights(self)
 
     @contextmanager
-    def axes(self, weights: Mapping[str, float] | None = None, /, **named: float) -> Iterator[None]:
+    def axes(
+        self, weights: Mapping[str, float] | Sequence[Mapping[str, float]] | None = None, /, **named: float
+    ) -> Iterator[None]:
         """Mixes axes for the duration of a `with` block: `with model.axes(help=1.0, verb=-0.5):`.
+
+        Args:
+            weights: λ by axis name; or a list of such mixes, one for every row of the batches inside the block, as
+                `model(..., axis_weights=[...])` and `model.generate(..., axis_weights=[...])` take it for one call.
+            **named: λ by axis name, in place of `weights` or beside a mapping.
 
         Raises:
             ValueError: as `combine_axes`, and for an axis given twice, by mapping and by keyword.
+            TypeError: for anything but a mapping or a list of mappings, or keywords beside a list.
         """
+        if weights is not None and not isinstance(weights, Mapping):
+            if named:
+                raise TypeError(f"Axes {sorted(named)} are given as keywords beside a list of mixes; put them into it.")
+            with rows.mixed_rows(self, weights):
+                yield
+            return
         twice = sorted(set(weights or {}) & set(named))
         if twice:
             raise ValueError(f"Axes {twice} are given twice, in the mapping and as keywords. Give each one λ.")
@@ -63,20 +80,24 @@ class AxisVerbs(BaseTuner):
         Args:
             flag: `True`: f_lin. `False`: the ordinary network at the weights θ(λ), without merging them.
         """
-        before = self._forced()
-        self._force(flag)
+        live = self.tangent_live
+        before, live.forced = live.forced, flag
         try:
             yield
         finally:
-            self._force(before)
+            live.forced = before
 
-    def _forced(self) -> bool | None:
-        """The evaluation that a surrounding `linearized(...)` chose, the same at every layer."""
-        return next((layer.tangent_forced for layer in axes.tangent_layers(self.model)), None)
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's `generate`; with `axis_weights=[{…}, …]` each row, and all its beams, has its own mix."""
+        model: Any = self.model
+        with rows.repeated_rows(self, args, kwargs):
+            return model.generate(*args, **{name: value for name, value in kwargs.items() if name != rows.KEYWORD})
 
-    def _force(self, flag: bool | None) -> None:
-        for layer in axes.tangent_layers(self.model):
-            layer.tangent_forced = flag
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Called by `PeftModel` around forward and `generate`, with their arguments."""
+        with rows.rows_of_call(self, kwargs):
+            yield
 
     # ---- exports -----------------------------------------------------------------------------------------------
 
