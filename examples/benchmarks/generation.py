@@ -1,9 +1,9 @@
 """What a generated token costs, against the base model: linearized, as weights, merged, exported.
 
-All variants run one after the other in one process, on the same prompts, greedily, with a cache and a fixed number of new
-tokens, and take turns: in every round each generates once. A streamer stamps every token. A variant's time in a round is
-the median over the tokens after the first (decoding), and the time until the first (prefill); reported is the median over
-the rounds of its ratio to the base in the same round, with the quartiles.
+All variants run in one process, on the same prompts, greedily, with a cache and a fixed number of new tokens, and take
+turns: in every round each generates once. A streamer stamps every token. A variant's time in a round is the median over
+the tokens after the first (decoding), and the time until the first (prefill); reported is the median over the rounds of
+its ratio to the base in the same round, with the quartiles.
 
 * `base`: the model as it is loaded;
 * `linearized`: f_lin, the default evaluation of a model with an axis;
@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import copy
 import datetime
+import itertools
 import json
 import os
 import statistics
@@ -146,8 +147,8 @@ def generate(variant: Variant, prompts: Tensor, new: int) -> tuple[float, float]
             do_sample=False,
             streamer=clock,
         )
-    stamps = clock.times
-    return stamps[1] - stamps[0], statistics.median(b - a for a, b in zip(stamps[1:], stamps[2:], strict=False))
+    first, *rest = (later - earlier for earlier, later in itertools.pairwise(clock.times))
+    return first, statistics.median(rest)
 
 
 def summary(ratios: list[float]) -> dict[str, Any]:

@@ -93,8 +93,13 @@ class LinearizedForward:
 
     def mix(self) -> Hashable | None:
         """The tangents of the next pass, or `None` if it will be an ordinary one."""
-        mixes = frozenset(mix for carrier in self.carriers if (mix := carrier.tangent_mix()) is not None)
-        return mixes or None
+        return self._look()[0]
+
+    def _look(self) -> tuple[Hashable | None, list[TangentCarrier]]:
+        """The tangents of the next pass, and the carriers that have none."""
+        mixes = [carrier.tangent_mix() for carrier in self.carriers]
+        without = [carrier for carrier, mix in zip(self.carriers, mixes, strict=True) if mix is None]
+        return frozenset(mix for mix in mixes if mix is not None) or None, without
 
     def _open(self, root: nn.Module, args: Any, kwargs: Any) -> None:
         close_interrupted_pass()
@@ -102,12 +107,12 @@ class LinearizedForward:
         if running is not None and running.root is root:
             running.depth += 1  # the root calls itself: still the same pass
             return
-        mix = self.mix()
+        mix, without = self._look()
         if mix is None:
             self._guard(True)
             return
         refuse_compilation(root)
-        self._check(root)
+        _refuse_additive(without)
         self._structure = Structure.of(root, self._structure)
         opened = open_pass(root, mix, sys._getframe(1), self._structure)
         self._guard(True)  # not before: the pass of another thread that just ended took it away
@@ -130,14 +135,6 @@ class LinearizedForward:
         except BaseException:
             close_pass(opened)
             raise
-
-    def _check(self, root: nn.Module) -> None:
-        if any(carrier.is_additive() for carrier in self.carriers):
-            raise ValueError(
-                "Some active axes are linearized and others (linearize=False) add their weights; f_lin is the "
-                "expansion at the frozen weights and can not mix the two. Activate one kind, or evaluate all of them "
-                "as weights inside `with model.linearized(False):`."
-            )
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
@@ -180,6 +177,16 @@ class LinearizedForward:
         finally:
             self._guard(False)
             close_pass(running)
+
+
+def _refuse_additive(without: list[TangentCarrier]) -> None:
+    """Refuses to linearize in some carriers while in others, those without a tangent, axes add their weights."""
+    if any(carrier.is_additive() for carrier in without):
+        raise ValueError(
+            "Some active axes are linearized and others (linearize=False) add their weights; f_lin is the "
+            "expansion at the frozen weights and can not mix the two. Activate one kind, or evaluate all of them "
+            "as weights inside `with model.linearized(False):`."
+        )
 
 
 def _device(root: nn.Module) -> str:

@@ -69,6 +69,7 @@ class LinearizedPass:
         return frame is not None
 
 
+_ZERO = torch.zeros(())
 _open_pass: LinearizedPass | None = None
 _turn = threading.Condition()  # held while `_open_pass` changes, notified when a pass closes
 _abandoned: list[ExitStack] = []  # modes that an exception has undone already: even dropping them would undo them again
@@ -176,6 +177,7 @@ def _enter(opened: LinearizedPass) -> None:
         opened.modes.enter_context(torch.no_grad())
     try:
         opened.contexts.enter_context(forward_ad.dual_level())
+        forward_ad.make_dual(_ZERO, _ZERO)  # loads the derivatives that torch has in Python
     except RuntimeError as error:
         raise RuntimeError(
             f"{type(opened.root).__name__} is linearized, so its forward opens a level of torch.autograd.forward_ad, "
@@ -196,9 +198,16 @@ def close_pass(opened: LinearizedPass) -> None:
             _turn.notify_all()
 
 
+# What `forward_ad.unpack_dual` and `make_dual` call, after imports and look-ups that take several times as long. A
+# decoding step calls them hundreds of times.
+_LEVEL = 0  # PyTorch does not nest dual levels
+
+
 def split(x: Tensor) -> tuple[Tensor, Tensor | None]:
     """Primal and tangent of `x`; the tangent is `None` where `x` carries none."""
-    primal, tangent = forward_ad.unpack_dual(x)
+    if forward_ad._current_level < 0:
+        return x, None
+    primal, tangent = torch._unpack_dual(x, level=_LEVEL)
     return primal, tangent
 
 
@@ -206,7 +215,7 @@ def dual(primal: Tensor, tangent: Tensor | None) -> Tensor:
     """The dual tensor of `primal` and `tangent`, which takes the primal's dtype; the primal itself for `None`."""
     if tangent is None:
         return primal
-    return forward_ad.make_dual(primal, tangent.to(primal.dtype))
+    return torch._make_dual(primal, tangent.to(primal.dtype), level=_LEVEL)
 
 
 def join(x: Tensor) -> Tensor:

@@ -79,11 +79,12 @@ _RULES = [
 
 def norm_rule(kind: type[nn.Module]) -> NormRule | None:
     """The rule of modules of a class, or `None` if its forward is written differently from all that are known."""
-    return _norm_rule(kind, kind.forward)
+    code: Any = kind
+    return _norm_rule(code, code.forward)
 
 
 @functools.cache
-def _norm_rule(kind: type[nn.Module], forward: Any) -> NormRule | None:
+def _norm_rule(kind: Any, forward: Any) -> NormRule | None:
     """The same; a forward that someone gave to the class later is another one."""
     for known, rule in _RULES:
         parts = ["forward", *(["_norm"] if "_norm" in vars(known) else [])]

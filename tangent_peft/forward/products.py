@@ -27,7 +27,7 @@ def both_products(weight: Tensor, x: Tensor, dx: Tensor, bias: Tensor | None = N
         bias: b (out,), or `None`.
     """
     size = weight.shape[1]
-    rows = torch.cat([x.reshape(-1, size), dx.reshape(-1, size)])
+    rows = torch.cat([x, dx]).view(-1, size)
     if rows.shape[0] <= COLUMNS and weight.device.type == "cpu" and weight.dtype in _AS_COLUMNS:
         products = (weight @ rows.mT).mT
     else:
@@ -35,4 +35,4 @@ def both_products(weight: Tensor, x: Tensor, dx: Tensor, bias: Tensor | None = N
     y, dy = products.chunk(2)
     # With a storage of its own, y can be made dual without copying the tangent.
     y = y.clone(memory_format=torch.contiguous_format) if bias is None else y + bias
-    return y.view(*x.shape[:-1], -1), dy.reshape(*x.shape[:-1], -1)
+    return y.view(*x.shape[:-1], -1), dy.view(*x.shape[:-1], -1)
