@@ -22,10 +22,8 @@ from types import FunctionType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from tangent_peft.forward.level import LinearizedPass, carries_tangent, dual, split
 
@@ -35,11 +33,13 @@ class NormRule:
     """What a kind of norm does besides normalizing.
 
     Attributes:
+        written: its methods, by name, as they are written.
         eps: ε of a module.
         tail: of a module, x̂ and the dtype of x: gain and cast, linear in x̂.
         centered: whether the mean is taken out.
     """
 
+    written: dict[str, Callable[..., Tensor]]
     eps: Callable[[Any], float]
     tail: Callable[[Any, Tensor, torch.dtype], Tensor]
     centered: bool = False
@@ -56,24 +56,52 @@ class NormRule:
         return self.tail(norm, torch.addcmul(dc, normed, inner, value=-1) * r, x.dtype)
 
 
+# ---- the norms that are known, as transformers and torch write them --------------------------------------------------
+
+
+def _llama(self: Any, hidden_states: Tensor) -> Tensor:
+    input_dtype = hidden_states.dtype
+    hidden_states = hidden_states.to(torch.float32)
+    variance = hidden_states.pow(2).mean(-1, keepdim=True)
+    hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+    return self.weight * hidden_states.to(input_dtype)
+
+
+def _gpt_oss(self: Any, hidden_states: Tensor) -> Tensor:
+    input_dtype = hidden_states.dtype
+    hidden_states = hidden_states.to(torch.float32)
+    variance = hidden_states.pow(2).mean(-1, keepdim=True)
+    hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+    return (self.weight * hidden_states).to(input_dtype)
+
+
+def _gemma(self: Any, x: Tensor) -> Any:
+    output = self._norm(x.float())
+    output = output * (1.0 + self.weight.float())
+    return output.type_as(x)
+
+
+def _gemma_norm(self: Any, x: Tensor) -> Any:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+
+
+def _layer_norm(self: Any, input: Tensor) -> Tensor:
+    return F.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
 def _layer_norm_tail(norm: Any, normed: Tensor, dtype: torch.dtype) -> Tensor:
     return normed if norm.weight is None else normed * norm.weight
 
 
-def _same_code(function: Any) -> Any:
-    """What two functions have in common that were written with the same words; `None` for what is none."""
-    if not isinstance(function, FunctionType):
-        return None
-    code = function.__code__
-    constants = [x for x in code.co_consts if x != function.__doc__]
-    return code.co_code, code.co_names, str(constants)
-
-
 _RULES = [
-    (LlamaRMSNorm, NormRule(lambda m: m.variance_epsilon, lambda m, x, dtype: m.weight * x.to(dtype))),
-    (GptOssRMSNorm, NormRule(lambda m: m.variance_epsilon, lambda m, x, dtype: (m.weight * x).to(dtype))),
-    (GemmaRMSNorm, NormRule(lambda m: m.eps, lambda m, x, dtype: (x * (1.0 + m.weight.float())).to(dtype))),
-    (nn.LayerNorm, NormRule(lambda m: m.eps, _layer_norm_tail, centered=True)),
+    NormRule({"forward": _llama}, lambda m: m.variance_epsilon, lambda m, x, dtype: m.weight * x.to(dtype)),
+    NormRule({"forward": _gpt_oss}, lambda m: m.variance_epsilon, lambda m, x, dtype: (m.weight * x).to(dtype)),
+    NormRule(
+        {"forward": _gemma, "_norm": _gemma_norm},
+        lambda m: m.eps,
+        lambda m, x, dtype: (x * (1.0 + m.weight.float())).to(dtype),
+    ),
+    NormRule({"forward": _layer_norm}, lambda m: m.eps, _layer_norm_tail, centered=True),
 ]
 
 
@@ -86,15 +114,24 @@ def norm_rule(kind: type[nn.Module]) -> NormRule | None:
 @functools.cache
 def _norm_rule(kind: Any, forward: Any) -> NormRule | None:
     """The same; a forward that someone gave to the class later is another one."""
-    for known, rule in _RULES:
-        parts = ["forward", *(["_norm"] if "_norm" in vars(known) else [])]
-        if all(_same_code(_method(kind, part)) == _same_code(_method(known, part)) for part in parts):
-            return rule
-    return None
+    return next((rule for rule in _RULES if _is_written_as(kind, rule)), None)
+
+
+def _is_written_as(kind: type, rule: NormRule) -> bool:
+    return all(_code(_method(kind, name)) == _code(method) for name, method in rule.written.items())
 
 
 def _method(kind: type, name: str) -> Any:
     return next((vars(base)[name] for base in kind.__mro__ if name in vars(base)), None)
+
+
+def _code(function: Any) -> Any:
+    """What functions have in common that say the same, whatever they call it; `None` for what is no function."""
+    if not isinstance(function, FunctionType):
+        return None
+    code = function.__code__
+    constants = [x for x in code.co_consts if x is not None and x != function.__doc__]
+    return code.co_code, code.co_names, str(constants)
 
 
 def is_norm(module: nn.Module) -> bool:

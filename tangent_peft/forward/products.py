@@ -33,6 +33,6 @@ def both_products(weight: Tensor, x: Tensor, dx: Tensor, bias: Tensor | None = N
     else:
         products = F.linear(rows, weight)
     y, dy = products.chunk(2)
-    # With a storage of its own, y can be made dual without copying the tangent.
-    y = y.clone(memory_format=torch.contiguous_format) if bias is None else y + bias
+    y = y.clone(memory_format=torch.contiguous_format)  # so that it can be made dual without copying the tangent
+    y = y if bias is None else y.add_(bias)
     return y.view(*x.shape[:-1], -1), dy.view(*x.shape[:-1], -1)

@@ -3,7 +3,8 @@
     (q, k) ↦ (R q, R k)        (q̇, k̇) ↦ (R q̇, R k̇)
 
 Differentiated operation by operation, each product with the frozen cosines and sines would first build zeros for their
-tangents. Seam: in transformers each file of a model has a function `apply_rotary_pos_emb(q, k, …)` of its own.
+tangents. Seam: in transformers each file of a model has a function `apply_rotary_pos_emb(q, k, cos, sin, …)` of its
+own; the tests try every one that is written differently.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from tangent_peft.forward.level import LinearizedPass, carries_tangent, dual, sp
 
 
 NAMES = frozenset({"apply_rotary_pos_emb", "apply_rotary_pos_emb_interleave"})
-_ROTATED = ("q", "k")  # the first two parameters, of functions that are linear in these and return them
+_PARAMETERS = ("q", "k", "cos", "sin")  # the first ones, of functions that return (R q, R k)
 
 
 def derive_rotations(opened: LinearizedPass) -> None:
@@ -27,14 +28,17 @@ def derive_rotations(opened: LinearizedPass) -> None:
         namespace = vars(sys.modules[home]) if home.startswith("transformers.models.") else {}
         for name in NAMES & namespace.keys():
             function = namespace[name]
-            if isinstance(function, FunctionType) and _parameters(function)[:2] == _ROTATED:
+            if is_rotation(function):
                 opened.contexts.callback(namespace.__setitem__, name, function)
                 namespace[name] = functools.partial(rotated, function)
 
 
-def _parameters(function: FunctionType) -> tuple[str, ...]:
+def is_rotation(function: Any) -> bool:
+    """Whether a function of that name takes what rotations take: other things with this name are left alone."""
+    if not isinstance(function, FunctionType):
+        return False
     code = function.__code__
-    return code.co_varnames[: code.co_argcount]
+    return code.co_varnames[: min(4, code.co_argcount)] == _PARAMETERS
 
 
 def rotated(function: Callable[..., Any], q: Any, k: Any, *args: Any, **kwargs: Any) -> Any:
