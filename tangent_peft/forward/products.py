@@ -14,7 +14,12 @@ from torch import Tensor
 
 
 COLUMNS = 2  # rows, tangents counted, up to which they are faster as columns
-_AS_COLUMNS = (torch.float32, torch.float64)  # oneDNN's products in half precision are not
+_FULL = (torch.float32, torch.float64)  # oneDNN's products in half precision are not
+
+
+def can_join_products(weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether W x + b stays what the layer computes: in half precision a kernel adds b before it rounds."""
+    return bias is None or (weight.dtype in _FULL and not torch.is_autocast_enabled(weight.device.type))
 
 
 def both_products(weight: Tensor, x: Tensor, dx: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -28,7 +33,7 @@ def both_products(weight: Tensor, x: Tensor, dx: Tensor, bias: Tensor | None = N
     """
     size = weight.shape[1]
     rows = torch.cat([x, dx]).view(-1, size)
-    if rows.shape[0] <= COLUMNS and weight.device.type == "cpu" and weight.dtype in _AS_COLUMNS:
+    if rows.shape[0] <= COLUMNS and weight.device.type == "cpu" and weight.dtype in _FULL:
         products = (weight @ rows.mT).mT
     else:
         products = F.linear(rows, weight)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tangent_peft.forward import (
     both_products,
+    can_join_products,
     call_within,
     current_pass,
     deposit,
@@ -148,7 +149,7 @@ class TangentLayer(TangentHolder):
             return self.base_layer(primal, *args, **kwargs), None
         if primal.numel() <= STACKED_ROWS * self.in_features and not torch.is_grad_enabled():
             weight = self._readable_weight()
-            if weight is not None:
+            if weight is not None and can_join_products(weight, self.bias):
                 return both_products(weight, primal, tangent, self.bias)
             if self.bias is None and not self.is_hooked():
                 y, passed_on = self.base_layer(torch.cat([primal, tangent]), *args, **kwargs).chunk(2)

@@ -11,7 +11,7 @@ from cases import logits, tangent_model
 from conftest import batch
 from tolerances import assert_equal
 
-from tangent_peft.forward.products import COLUMNS, both_products
+from tangent_peft.forward.products import COLUMNS, both_products, can_join_products
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -27,6 +27,15 @@ def test_both_products(bias: bool, shape: tuple[int, ...], dtype: torch.dtype) -
     transposed = both_products(weight.mT.contiguous().mT, x, dx, b)
     assert_equal(transposed[0], y)
     assert_equal(transposed[1], dy)
+
+
+def test_half_precision_with_a_bias_is_left_to_the_layer() -> None:
+    """Its kernel adds the bias before it rounds, so the value would be another one."""
+    weight, b = torch.randn(7, 5), torch.randn(7)
+    assert can_join_products(weight, b) and can_join_products(weight.bfloat16(), None)
+    assert not can_join_products(weight.bfloat16(), b.bfloat16())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert can_join_products(weight, None) and not can_join_products(weight, b)
 
 
 def test_views() -> None:
