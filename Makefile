@@ -22,6 +22,7 @@ OFFLINE = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 help:
 	@echo "make quickstart   train two axes of SmolLM2-135M on this CPU and mix them; ARGS is passed on"
+	@echo "make demo         open the quickstart's axes as a page in the browser; ARGS is passed on"
 	@echo "make test         run the tests; ARGS is passed to pytest"
 	@echo "make lint         ruff: rules and format"
 	@echo "make types        mypy"
@@ -48,6 +49,10 @@ $(VENV)/.stamp-quickstart: $(VENV)/.stamp-torch $(VENV)/.stamp-smollm2 pyproject
 	$(PIP) install -e ".[quickstart]"
 	@touch $@
 
+$(VENV)/.stamp-demo: $(VENV)/.stamp-torch $(VENV)/.stamp-smollm2 pyproject.toml
+	$(PIP) install -e ".[quickstart,demo]"
+	@touch $@
+
 $(VENV)/.stamp-dev: $(VENV)/.stamp-torch $(VENV)/.stamp-smollm2 pyproject.toml
 	$(PIP) install -e ".[dev]"
 	@touch $@
@@ -57,8 +62,13 @@ $(VENV)/.stamp-dev: $(VENV)/.stamp-torch $(VENV)/.stamp-smollm2 pyproject.toml
 quickstart: $(VENV)/.stamp-quickstart
 	$(OFFLINE) $(BIN)/tangent-peft quickstart $(ARGS)
 
+# The axes of `make quickstart`, which is run first where that has not been done.
+demo: $(VENV)/.stamp-demo
+	test -f quickstart-output/sweep.json || $(OFFLINE) $(BIN)/tangent-peft quickstart
+	$(OFFLINE) $(BIN)/tangent-peft demo quickstart-output/axes --sweep quickstart-output/sweep.json $(ARGS)
+
 test: $(VENV)/.stamp-dev
-	$(OFFLINE) $(BIN)/python -m pytest -n 2 tests $(ARGS)
+	$(OFFLINE) $(BIN)/python -m pytest -n 2 --dist loadgroup tests $(ARGS)
 
 lint: $(VENV)/.stamp-dev
 	$(BIN)/ruff check .
@@ -74,4 +84,4 @@ clean:
 	rm -rf $(VENV) $(SITE) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help quickstart test lint types docs clean
+.PHONY: help quickstart demo test lint types docs clean

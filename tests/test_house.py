@@ -30,13 +30,13 @@ BELOW: dict[str, set[str]] = {
     PACKAGE: {"train", "evaluate", "diagnose", "tuner", "forward"},  # the package's own __init__
 }
 
-EXTRAS = {"trl", "datasets", "matplotlib", "moocore", "scipy", "rich", "gguf"}
+EXTRAS = {"trl", "datasets", "matplotlib", "moocore", "scipy", "rich", "gguf", "gradio"}
 STRANGERS: dict[str, set[str]] = {
     "forward": EXTRAS | {"peft"},
     "tuner": EXTRAS,  # a base install has none of them
-    "train": set(),
-    "evaluate": {"trl"},
-    "diagnose": {"trl"},
+    "train": {"gradio"},
+    "evaluate": {"trl", "gradio"},
+    "diagnose": {"trl", "gradio"},
     "cli": set(),
     PACKAGE: EXTRAS,
 }
@@ -48,6 +48,7 @@ PARAMETERS = 7
 # Functions with more parameters, because a host library calls them so: "module:qualified name" -> reason.
 MANY_PARAMETERS = {
     "tangent_peft.forward.attention:tangent_attention": "the signature of transformers' AttentionInterface",
+    "tangent_peft.tuner.verbs:AxisVerbs.add_weighted_adapter": "the signature of peft's LoraModel",
     "tangent_peft.train.trainer:TangentDPOTrainer.__init__": "the signature of trl.DPOTrainer",
 }
 

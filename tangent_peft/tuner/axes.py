@@ -7,21 +7,18 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
-import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
-from torch import Tensor, nn
+from torch import nn
 
-from tangent_peft.forward import gathered, whole
 from tangent_peft.tuner.layer import TangentLayer
-from tangent_peft.tuner.live import LiveMix, Weight
-from tangent_peft.tuner.weights import TangentFactors
+from tangent_peft.tuner.live import LiveMix, Rows, Weight
 
 
 if TYPE_CHECKING:
@@ -50,17 +47,14 @@ def tangent_layers(model: nn.Module) -> Iterator[TangentLayer]:
     return (module for module in model.modules() if isinstance(module, TangentLayer))
 
 
-@torch.no_grad()
-def axis_norm(model: nn.Module, axis: str) -> float:
-    """‖τ‖: the Frobenius norm of an axis's ΔW over all wrapped layers, at λ = 1; all processes of a sharded model."""
-    squares = [_square_norm(layer, axis) for layer in tangent_layers(model) if axis in layer.tangent_r]
-    return math.sqrt(sum(float(square) for square in squares))
-
-
-def _square_norm(layer: TangentLayer, axis: str) -> Tensor:
-    with gathered(parameter for leaf in layer.leaves(axis) for parameter in leaf.parameters()):
-        factors = {name: None if x is None else whole(x) for name, x in vars(layer.factors(axis, 1.0)).items()}
-        return TangentFactors(**factors).square_norm()
+def check_known(tuner: AxisVerbs, names: Iterable[str]) -> None:
+    """Raises a `ValueError` for a name that is not an axis of this model."""
+    for name in names:
+        if name not in tuner.peft_config:
+            raise ValueError(
+                f"Unknown axis {name!r}; this model has {sorted(tuner.peft_config)}. Load it first with "
+                f"`model.load_adapter(path, adapter_name={name!r})`."
+            )
 
 
 def check_weights(tuner: AxisVerbs, weights: Mapping[str, float]) -> dict[str, float]:
@@ -71,11 +65,7 @@ def check_weights(tuner: AxisVerbs, weights: Mapping[str, float]) -> dict[str, f
     """
     checked = {}
     for name, weight in weights.items():
-        if name not in tuner.peft_config:
-            raise ValueError(
-                f"Unknown axis {name!r}; this model has {sorted(tuner.peft_config)}. Load it first with "
-                f"`model.load_adapter(path, adapter_name={name!r})`."
-            )
+        check_known(tuner, [name])
         value = _as_number(weight)
         if not math.isfinite(value):
             raise ValueError(f"The weight of axis {name!r} is {weight!r}; λ must be a finite number.")
@@ -108,9 +98,9 @@ def check_unmerged(tuner: AxisVerbs) -> None:
     )
 
 
-def refuse_saved_modules(tuner: AxisVerbs, weights: Mapping[str, float]) -> None:
+def refuse_saved_modules(tuner: AxisVerbs, names: Iterable[str]) -> None:
     """Raises a `ValueError` if an axis keeps modules of its own, to which no λ applies."""
-    for name in weights:
+    for name in names:
         extra = tuner.peft_config[name].modules_to_save
         if extra:
             raise ValueError(
@@ -152,8 +142,8 @@ def activate(tuner: AxisVerbs, weights: Mapping[str, float]) -> None:
     switch(tuner, checked)
 
 
-def switch(tuner: AxisVerbs, weights: Mapping[str, Weight]) -> None:
-    """Makes a checked mix the active one.
+def switch(tuner: AxisVerbs, weights: Mapping[str, Weight], rows: Rows | None = None) -> None:
+    """Makes a checked mix the active one; with `rows`, one in which every row has its own.
 
     All layers read the same λ, so this takes as long for a large model as for a small one, unless something has to be
     frozen or switched first at every layer: axes that train, modules that axes keep.
@@ -164,6 +154,7 @@ def switch(tuner: AxisVerbs, weights: Mapping[str, Weight]) -> None:
     else:
         set_active(tuner, list(weights), inference_mode=True)
     live.set_weights(weights)
+    live.rows = rows
 
 
 def is_light(tuner: AxisVerbs) -> bool:
