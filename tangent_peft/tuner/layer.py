@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from tangent_peft.forward import (
     both_products,
-    can_join_products,
     call_within,
+    can_join_products,
     current_pass,
     deposit,
     dual,
