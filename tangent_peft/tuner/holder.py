@@ -52,6 +52,7 @@ class TangentHolder(TangentCarrier, BaseTunerLayer):
         self.tangent_B = nn.ModuleDict()
         self.tangent_r: dict[str, int | None] = {}
         self.tangent_live = LiveMix([])  # the model's, once it has taken the layer in
+        self.tangent_dispatched = False  # what calls the layer may give it tokens in an order of its own
         self.tangent_linearize: dict[str, bool] = {}
         self.tangent_gradient: dict[str, Gradient] = {}
         # Plain tensors, not buffers: casting the model must not round a projection that is never stored.

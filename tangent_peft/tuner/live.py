@@ -7,12 +7,14 @@ layers nor models.
 
 from __future__ import annotations
 
+import copy
+import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class RowWeights(tuple[float, ...]):
@@ -56,13 +58,14 @@ class Rows:
             )
         self.batch, self.length = batch, shape[1] if len(shape) > 1 else 1
 
-    def column(self, weights: RowWeights, x: Tensor, name: str) -> Tensor:
+    def column(self, weights: RowWeights, x: Tensor, name: str, dispatched: bool = False) -> Tensor:
         """λ of the rows of x, to be multiplied by it: x is (B, …), or (B·T, …) with the rows one after the other.
 
         Args:
             weights: λ of each mix.
             x: the input or output of a layer.
             name: of the layer, for the error.
+            dispatched: whether the layer may get tokens in an order of its own, as experts do: all of them, even.
 
         Raises:
             ValueError: if x has no such shape.
@@ -73,7 +76,7 @@ class Rows:
                 f"{self.mixes} mixes is whose. Call the whole model, or run the rows of each mix as a batch of "
                 "their own, inside `with model.axes({...}):`."
             )
-        flat = x.ndim == 2 and x.shape[0] == self.batch * self.length
+        flat = x.ndim == 2 and x.shape[0] == self.batch * self.length and not dispatched
         if not flat and (x.ndim < 3 or x.shape[0] != self.batch):
             raise ValueError(
                 f"Layer {name!r} has values of shape {tuple(x.shape)}, in which the {self.batch} rows of "
@@ -99,6 +102,7 @@ class LiveMix:
         forced: the evaluation that `TangentModel.linearized(...)` chose, or `None`.
         training: the axes of which a tangent may train. One that does is in here; one in here may not.
         merged: names of the layers into whose weight an axis is merged.
+        root: the model whose layers read this.
     """
 
     active: list[str]
@@ -107,6 +111,19 @@ class LiveMix:
     forced: bool | None = None
     training: set[str] = field(default_factory=set)
     merged: set[str] = field(default_factory=set)
+    root: weakref.ref[nn.Module] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> LiveMix:
+        """A copy for a copy of the whole model; itself for that of a block, which may be put beside its original."""
+        root = None if self.root is None else self.root()
+        if root is not None and id(root) not in memo:
+            return self
+        kept = {name: copy.deepcopy(value, memo) for name, value in self.__getstate__().items()}
+        return LiveMix(**kept)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the model, which is told with its next call."""
+        return {name: None if name == "root" else value for name, value in vars(self).items()}
 
     def uniform(self, name: str) -> float:
         """λ of an axis where all rows have the same.

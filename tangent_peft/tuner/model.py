@@ -29,7 +29,7 @@ from tangent_peft.tuner.layer import TangentLayer
 from tangent_peft.tuner.live import LiveMix
 from tangent_peft.tuner.quantized import TangentQuantized, check_mergeable
 from tangent_peft.tuner.registration import PREFIX
-from tangent_peft.tuner.rows import RowForward
+from tangent_peft.tuner.rows import RowForward, mark_dispatched
 from tangent_peft.tuner.shared import refuse_shared_weights
 from tangent_peft.tuner.state import AxisConfigs, check_state_dict
 from tangent_peft.tuner.targets import (
@@ -146,6 +146,7 @@ class TangentModel(AxisVerbs):
         self._mark_tied(model)
         refuse_shared_weights(model)
         refuse_unknown_above(model, self.blocks)
+        mark_dispatched(model, self.blocks)
         linearize_forward(model)
 
     def _mark_tied(self, model: nn.Module) -> None:

@@ -7,12 +7,14 @@ the axis adds by the number of the row. A hook on the model tells where the rows
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from tangent_peft.tuner import axes
 from tangent_peft.tuner.live import LiveMix, Rows, row_weights
@@ -102,6 +104,23 @@ def repeated_rows(tuner: AxisVerbs, args: tuple[Any, ...], kwargs: Mapping[str, 
         rows.repeated = False
 
 
+def mark_dispatched(model: nn.Module, blocks: tuple[str, int] | None) -> None:
+    """Notes at each layer whether it is one of several that share the tokens among them, as experts do.
+
+    Such a layer lies in a `ModuleList` or `ModuleDict` that is not the list of a transformers model's blocks. Even
+    where it gets as many tokens as there are, nothing tells their order.
+
+    Args:
+        model: the wrapped model.
+        blocks: name and length of its list of blocks.
+    """
+    lists = [n for n, m in model.named_modules() if isinstance(m, (nn.ModuleList, nn.ModuleDict))]
+    known = blocks[0] if blocks is not None and isinstance(model, PreTrainedModel) else None
+    inside = tuple(f"{name}." for name in lists if name != known)
+    for layer in axes.tangent_layers(model):
+        layer.tangent_dispatched = layer.layer_name.startswith(inside)
+
+
 class RowForward:
     """The hook that tells, at each call of a module, how many rows its batch has.
 
@@ -112,6 +131,7 @@ class RowForward:
 
     def __init__(self, root: nn.Module, live: LiveMix) -> None:
         self.live = live
+        live.root = weakref.ref(root)
         self.handles = [
             root.register_forward_pre_hook(self._enter, with_kwargs=True),
             root.register_forward_hook(self._leave, always_call=True),
@@ -129,6 +149,8 @@ class RowForward:
             handle.remove()
 
     def _enter(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.live.root is None:  # the model is a copy, or was unpickled
+            self.live.root = weakref.ref(root)
         given = kwargs.pop(KEYWORD, None)
         if self.live.rows is not None:
             self.live.rows.enter(_input_shape(args, kwargs))

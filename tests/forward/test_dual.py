@@ -18,6 +18,7 @@ from transformers import LlamaForSequenceClassification
 
 from tangent_peft import TangentConfig
 from tangent_peft.forward import LinearizedForward, current_pass, level, split
+from tangent_peft.tuner.rows import RowForward
 
 
 INPUTS = batch("right")
@@ -371,8 +372,10 @@ def test_hooks_are_installed_once() -> None:
     model = tangent_model()
     model.add_adapter("other", config())
     base = model.get_base_model()
-    assert len(base._forward_pre_hooks) == 1 and len(base._forward_hooks) == 1
-    installed = LinearizedForward.installed(base)
-    assert installed is not None
-    installed.remove()
-    assert LinearizedForward.installed(base) is None and not base._forward_hooks
+    assert len(base._forward_pre_hooks) == len(base._forward_hooks) == 2  # the pass, and the rows of its batch
+    for kind in (LinearizedForward, RowForward):
+        installed = kind.installed(base)
+        assert installed is not None
+        installed.remove()
+        assert kind.installed(base) is None
+    assert not base._forward_pre_hooks and not base._forward_hooks

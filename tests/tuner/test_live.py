@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -125,3 +127,20 @@ def test_training_again_after_a_mix() -> None:
     model.base_model.set_requires_grad("verb")
     model.combine_axes({"help": 1.0})
     assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_block_copied_into_the_model_reads_its_mix() -> None:
+    """As in depth up-scaling. A copy of the whole model has a mix of its own."""
+    model = two_axes(2)
+    model.combine_axes({"help": 1.0})
+    blocks = model.get_base_model().model.layers
+    blocks.append(copy.deepcopy(blocks[1]))
+    assert len({id(layer.tangent_live) for layer in tangent_layers(model)}) == 1
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert {id(layer.tangent_live) for layer in tangent_layers(other)} == {id(other.base_model.tangent_live)}
+        other.combine_axes({"verb": 1.0})
+        assert (model.axis_weights, other.axis_weights) == ({"help": 1.0}, {"verb": 1.0})
+        logits(other, **batch("right"), use_cache=False)
+        again = copy.deepcopy(other)
+        again.combine_axes({})
+        assert other.axis_weights == {"verb": 1.0}

@@ -292,6 +292,33 @@ def test_a_layer_that_sees_some_of_the_tokens_is_refused() -> None:
             model(ids, axis_weights=[{"default": 1.0}, {}])
 
 
+class Experts(nn.Module):
+    """Two experts, of which each gets every token once, in an order of its own."""
+
+    def __init__(self, container: type[nn.Module]) -> None:
+        super().__init__()
+        self.embed, self.experts = nn.Embedding(10, 8), nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+        if container is nn.ModuleDict:
+            self.experts = nn.ModuleDict({"0": self.experts[0], "1": self.experts[1]})
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        x = self.embed(input_ids).flatten(0, 1)
+        order = torch.arange(len(x)).flip(0)
+        called: Any = self.experts["0"] if isinstance(self.experts, nn.ModuleDict) else self.experts[0]
+        return torch.empty_like(x).index_copy(0, order, called(x[order])).view(*input_ids.shape, -1)
+
+
+@pytest.mark.parametrize("container", [nn.ModuleList, nn.ModuleDict])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_an_expert_that_sees_all_tokens_in_another_order_is_refused(container: type[nn.Module], tokens: int) -> None:
+    model = get_peft_model(
+        Experts(container), TangentConfig(target_modules=["experts.0"], num_layers=None, init_weights=False)
+    )
+    for linearized in (True, False):
+        with model.linearized(linearized), pytest.raises(ValueError, match="can not be told apart"):
+            model(torch.ones(2, tokens, dtype=torch.long), axis_weights=[{"default": 1.0}, {}])
+
+
 def test_an_axis_that_keeps_modules() -> None:
     model = tangent_model(modules_to_save=["norm"])
     with pytest.raises(ValueError, match="keeps its own copy of the modules"):
