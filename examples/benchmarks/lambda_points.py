@@ -103,6 +103,11 @@ def main() -> None:
     scores, base = found.pop("passes"), median(times["plain"])
     found.pop("plain")
     ratios = {name: (median(times["passes"]) + median(times[name])) / base for name in found}
+    deviations = {}
+    for reach in options.reach:
+        mixes = mixes_of(options.compared, reach)
+        error = deviation(model, tokenizer, pairs, options.batch, scores, mixes)
+        deviations[f"reach {reach:g}"] = float(f"{error:.1e}")
     print(
         json.dumps(
             {
@@ -112,12 +117,7 @@ def main() -> None:
                 "tokens": {"scored": len(scores.tokens), "completions": len(scores.lengths)},
                 "summed_plainly": {name: round(result.plain, 4) for name, result in found.items()},
                 "deviation_of_log_sum_exp": {name: float(f"{x.deviation:.1e}") for name, x in found.items()},
-                "deviation_from_running_the_model": {
-                    f"reach {reach:g}": float(
-                        f"{deviation(model, tokenizer, pairs, options.batch, scores, mixes_of(options.compared, reach)):.1e}"
-                    )
-                    for reach in options.reach
-                },
+                "deviation_from_running_the_model": deviations,
                 "rounds": options.rounds,
                 "threads": options.threads,
                 "torch": torch.__version__,

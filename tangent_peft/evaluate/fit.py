@@ -37,7 +37,7 @@ STARTS = 3  # local minima of the grid from which ℓ is minimized, the lowest f
 FAR = 10 * SAFE_WEIGHT  # where a minimum is taken for one at infinity
 UNKNOWN = 100.0  # standard error of a direction from which on the pairs do not tell its λ
 SAME = 1e-5  # least eigenvalue of the Hessian with a unit diagonal, far above rounding: no two axes do the same
-EXPLAINED = 1e-3  # all choices are explained so closely only by a λ that would grow forever
+EXPLAINED = 1e-3  # choices that are sure are all explained so closely only by a λ that would grow forever
 _STEPS, _SMALL = 100, 1e-6  # of the minimization; gradient per pair at its end, of that of a margin
 
 
@@ -285,7 +285,8 @@ class _Problem:
 
     def _refuse_singular(self, hessian: Tensor, mix: list[float]) -> None:
         misses = (self.margins(self.scores.derivatives(mix).value).sigmoid() - self.probabilities).abs()
-        if max(map(abs, mix)) >= FAR or (not self.l2 and float(misses.max()) < EXPLAINED):
+        sure = bool((self.probabilities == self.probabilities.round()).all())
+        if max(map(abs, mix)) >= FAR or (sure and not self.l2 and float(misses.max()) < EXPLAINED):
             raise ValueError(
                 "No finite λ explains the pairs best: the loss still falls in the direction "
                 f"{_named(self.scores.axes, mix)} (perfect separation). Set `l2` (0.01 to 1), give a `probability` "

@@ -28,6 +28,7 @@ from torch import Tensor
 STAGES = {1: ((16, 256), (32, 512)), 2: ((16, 256), (24, 512)), 3: ((10, 256), (16, 512))}
 BLOCK_CPU, BLOCK_ACCELERATOR = 2**19, 2**26  # entries worked on at a time
 RANGE = 60.0  # largest |Σ λₖ żₖ| about its mean of which float32 holds all that counts
+MIXES = 4096  # interpolated at a time
 HEAD_SHARE = 8  # the vocabulary is at least so many heads, or nothing is gained
 CHECKS = 2  # of the λ, where plain sum and interpolation are compared
 _EXP, _PRODUCT, _PLAIN = 0.5, 0.04, 1.2  # relative costs per entry: of a factor, of a product, of a plain sum
@@ -86,18 +87,19 @@ def _refined(z: Tensor, mixes: Tensor, tolerance: float) -> Summed:
     left, deviation, plain = torch.arange(len(z), device=z.device), 0.0, 0
     box = _Box.around(mixes)
     stages = [stage for stage in STAGES.get(box.varying, ()) if _worthwhile(box.varying, stage, len(mixes), z.shape[2])]
-    for points, entries in stages:
-        failed = []
+    for points, entries in stages if len(mixes) <= MIXES else []:
+        failed, grid = [], _Grid(box, points, mixes)
         for group in left.split(max(1, _block(z) // (4 * z.shape[2]))):
-            found, bad, worst = _interpolated(z[group], mixes, _Grid(box, points), entries, tolerance)
+            found, bad, worst = _interpolated(z[group], mixes, grid, entries, tolerance)
             values[:, group] = found
             deviation = max(deviation, worst)
             failed.append(group[bad])
         left = torch.cat(failed)
         if not len(left):
             return Summed(values, plain, deviation)
-    if stages:  # finer by halves; where it is not worth it any more, `stages` is empty
-        for half in box.halves(mixes, z[left]):
+    halves = box.halves(mixes, z[left]) if stages else []  # where finer is not worth it any more, there are no stages
+    if halves and all(map(len, halves)):
+        for half in halves:
             inner = _refined(z[left], mixes[half], tolerance)
             values[half[:, None], left] = inner.values
             plain, deviation = plain + inner.plain, max(deviation, inner.deviation)
@@ -121,7 +123,7 @@ def _interpolated(
     `base` is z in the middle of the box, less its largest entry; `rate` are the żₖ about their means there. Both
     constants, linear in λ, are added in the end.
     """
-    middle, offsets = grid.box.middle.to(z.dtype), mixes - grid.box.middle
+    middle = grid.box.middle.to(z.dtype)
     base = torch.einsum("k,gkv->gv", middle, z[:, 1:]).add_(z[:, 0])
     top = base.amax(1, keepdim=True)
     base.sub_(top)
@@ -136,10 +138,9 @@ def _interpolated(
     share = (tail / whole).amax(1)
     log_tail = torch.maximum(tail, 1e-3 * tolerance * whole).log()
     error = grid.remainder(log_tail) * share
-    sums = (grid.interpolation(offsets) @ log_tail.mT).exp().mT + _head_sums(*head, offsets)
-    values = (sums.log() + top.double() + mean[:, :, 0].double() @ offsets.mT).mT
-    checked = grid.worst(offsets)
-    deviations = (values[checked] - plain_sums(z, mixes[checked])).abs().amax(0)
+    sums = (grid.interpolation @ log_tail.mT).exp().mT + _head_sums(*head, grid.targets)
+    values = (sums.log() + top.double() + mean[:, :, 0].double() @ grid.targets.mT).mT
+    deviations = (values[grid.worst] - plain_sums(z, mixes[grid.worst])).abs().amax(0)
     good = (reach <= RANGE) & (error <= tolerance) & (deviations <= tolerance)  # false for NaN
     return values, ~good, float(deviations[good].max()) if good.any() else 0.0
 
@@ -188,16 +189,24 @@ class _Box:
 
     def halves(self, mixes: Tensor, z: Tensor) -> list[Tensor]:
         """Indices of the mixes on either side of the middle of the axis along which the logits change most."""
-        widest = int((self.radius * z[:, 1:].std(2).amax(0).double()).argmax())
+        change = z[:, 1:].abs().amax(2).amax(0).double().nan_to_num(nan=1.0, posinf=1e30).clamp(min=1e-30)
+        widest = int((self.radius * change).argmax())
         below = mixes[:, widest] <= self.middle[widest]
         return [side.nonzero()[:, 0] for side in (below, ~below)]
 
 
 class _Grid:
-    """Chebyshev–Lobatto points of a box, `points` along every axis that varies, and interpolation between them."""
+    """Chebyshev–Lobatto points of a box, `points` along every axis that varies, and interpolation from them.
 
-    def __init__(self, box: _Box, points: int) -> None:
-        self.box = box
+    Attributes:
+        offsets: the points less the middle (J, K), the last axis running fastest.
+        targets: the λ less the middle (M, K).
+        interpolation: (M, J), takes the values at the points to those at the λ.
+        worst: indices of the λ that lie farthest from the points, where interpolation errs most.
+    """
+
+    def __init__(self, box: _Box, points: int, mixes: Tensor) -> None:
+        self.box, self.targets = box, mixes - box.middle
         self.sizes = [points if radius > 0 else 1 for radius in box.radius]
         device = box.radius.device
         self.nodes = [
@@ -206,7 +215,18 @@ class _Grid:
         ]
         self.inverses = [torch.linalg.inv(_polynomials(nodes, len(nodes))) for nodes in self.nodes]
         steps = [nodes * radius for nodes, radius in zip(self.nodes, box.radius, strict=True)]
-        self.offsets = torch.cartesian_prod(*steps).view(-1, len(steps))  # (J, K), the last axis runs fastest
+        self.offsets = torch.cartesian_prod(*steps).view(-1, len(steps))
+        matrix = torch.ones(len(mixes), 1, dtype=torch.float64, device=device)
+        distance = torch.zeros(len(mixes), dtype=torch.float64, device=device)
+        for axis, size in enumerate(self.sizes):
+            if size > 1:
+                scaled = (self.targets[:, axis] / box.radius[axis]).clamp(-1, 1)
+                line = _polynomials(scaled, size) @ self.inverses[axis]
+                matrix = (matrix[:, :, None] * line[:, None]).flatten(1)
+                angle = torch.acos(scaled)
+                distance += (angle.sin() * ((size - 1) * angle).sin()).abs()
+        self.interpolation = matrix
+        self.worst = distance.topk(min(CHECKS, len(mixes))).indices
 
     def sums(self, weights: Tensor, rate: Tensor) -> Tensor:
         """Σ_v w_v e^{Σₖ δₖ rateₖ} (g, J) in float64 at all points δ; weights (g, V), rate (g, K, V)."""
@@ -238,14 +258,6 @@ class _Grid:
             factor[:, size // 2] = 1.0
         return factor
 
-    def interpolation(self, offsets: Tensor) -> Tensor:
-        """(M, J): takes the values at the points to those at λ = middle + offsets."""
-        matrix = torch.ones(len(offsets), 1, dtype=torch.float64, device=offsets.device)
-        for axis, inverse in enumerate(self.inverses):
-            line = _polynomials(self._scaled(offsets, axis), self.sizes[axis]) @ inverse
-            matrix = (matrix[:, :, None] * line[:, None]).flatten(1)
-        return matrix
-
     def remainder(self, values: Tensor) -> Tensor:
         """Size (g,) of the last two coefficients along each axis: what the next ones would add, with a margin."""
         coefficients = values.view(len(values), *self.sizes)
@@ -256,19 +268,6 @@ class _Grid:
         return sum(
             (size.narrow(axis, n - 2, 2).flatten(1).sum(1) for axis, n in lines), start=values.new_zeros(len(values))
         )
-
-    def worst(self, offsets: Tensor) -> Tensor:
-        """Indices of the λ that lie farthest from the points, where interpolation errs most."""
-        size = torch.zeros(len(offsets), dtype=torch.float64, device=offsets.device)
-        for axis, points in enumerate(self.sizes):
-            if points > 1:
-                angle = torch.acos(self._scaled(offsets, axis))
-                size += (angle.sin() * ((points - 1) * angle).sin()).abs()
-        return size.topk(min(CHECKS, len(offsets))).indices
-
-    def _scaled(self, offsets: Tensor, axis: int) -> Tensor:
-        radius = self.box.radius[axis]
-        return (offsets[:, axis] / radius).clamp(-1, 1) if radius > 0 else torch.zeros_like(offsets[:, axis])
 
 
 def _polynomials(x: Tensor, count: int) -> Tensor:

@@ -163,6 +163,11 @@ class AxisPasses:
                 expected = self.root(**inputs, use_cache=False).logits[0]
             primal, tangent = states[0]
             found = _logits(head, primal[0], None if tangent is None else tangent[0])
+            if not (found.isfinite().all() and expected.isfinite().all()):
+                raise ValueError(
+                    f"The linearized logits of axis {axis!r} are not finite. Look for values in the axis, or in the "
+                    "base, that are not, or that overflow the dtype."
+                )
             error = float((found - expected.to(found.dtype)).abs().max() / expected.abs().max().clamp(min=1e-30))
             if not error <= PROBE_TOLERANCE[expected.dtype]:
                 raise TypeError(
