@@ -209,10 +209,7 @@ class _Grid:
         self.box, self.targets = box, mixes - box.middle
         self.sizes = [points if radius > 0 else 1 for radius in box.radius]
         device = box.radius.device
-        self.nodes = [
-            torch.cos(torch.arange(size, dtype=torch.float64, device=device) * (math.pi / max(size - 1, 1)))
-            for size in self.sizes
-        ]
+        self.nodes = [_points(size, device) for size in self.sizes]
         self.inverses = [torch.linalg.inv(_polynomials(nodes, len(nodes))) for nodes in self.nodes]
         steps = [nodes * radius for nodes, radius in zip(self.nodes, box.radius, strict=True)]
         self.offsets = torch.cartesian_prod(*steps).view(-1, len(steps))
@@ -245,17 +242,14 @@ class _Grid:
         return total
 
     def _factor(self, axis: int, rate: Tensor) -> Tensor:
-        """e^{δ·rate} (g, points, v); the points lie symmetrically, so that half of them are reciprocals."""
+        """e^{δ·rate} (g, points, v); half of the points are the negatives of the others, and need no exponential."""
         size = self.sizes[axis]
-        if size == 1:
-            return torch.ones_like(rate)[:, None]
-        steps = (self.nodes[axis] * self.box.radius[axis]).to(rate.dtype)
+        half = size // 2
+        steps = (self.nodes[axis][:half] * self.box.radius[axis]).to(rate.dtype)
         factor = rate.new_empty(len(rate), size, rate.shape[1])
-        upper = factor[:, : size // 2]
-        torch.mul(rate[:, None], steps[: size // 2, None], out=upper).exp_()
-        torch.reciprocal(upper.flip(1), out=factor[:, size - size // 2 :])
-        if size % 2:
-            factor[:, size // 2] = 1.0
+        torch.mul(rate[:, None], steps[:, None], out=factor[:, :half]).exp_()
+        torch.reciprocal(factor[:, :half], out=factor[:, half : 2 * half])
+        factor[:, 2 * half :] = 1.0
         return factor
 
     def remainder(self, values: Tensor) -> Tensor:
@@ -268,6 +262,12 @@ class _Grid:
         return sum(
             (size.narrow(axis, n - 2, 2).flatten(1).sum(1) for axis, n in lines), start=values.new_zeros(len(values))
         )
+
+
+def _points(count: int, device: torch.device) -> Tensor:
+    """The Chebyshev–Lobatto points of [−1, 1]: those above 0, their negatives in the same order, 0 if it is one."""
+    upper = torch.cos(torch.arange(count // 2, dtype=torch.float64, device=device) * (math.pi / max(count - 1, 1)))
+    return torch.cat([upper, -upper, upper.new_zeros(count % 2)])
 
 
 def _polynomials(x: Tensor, count: int) -> Tensor:
