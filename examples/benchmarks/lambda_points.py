@@ -2,8 +2,8 @@
 
 Trains the two axes of the quickstart once (kept in the folder given), and scores the answers of held-out pairs: by one
 plain evaluation of the base, and by 100 and 1000 mixes of the axes. The time of a sweep includes the two linearized
-passes. All variants run in one process on one thread, in turn; a ratio is that of the least of the rounds. Some mixes are also
-scored by running the linearized model at them, which tells the largest deviation.
+passes. All variants run in one process on one thread, in turn; a ratio is that of the least of the rounds. Some mixes
+are also scored by running the linearized model at them, which tells the largest deviation.
 
 Run as: python examples/benchmarks/lambda_points.py FOLDER
 Prints one JSON line; about fifteen minutes on one core, a few more the first time.
