@@ -48,6 +48,7 @@ PARAMETERS = 7
 # Functions with more parameters, because a host library calls them so: "module:qualified name" -> reason.
 MANY_PARAMETERS = {
     "tangent_peft.forward.attention:tangent_attention": "the signature of transformers' AttentionInterface",
+    "tangent_peft.tuner.verbs:AxisVerbs.add_weighted_adapter": "the signature of peft's LoraModel",
     "tangent_peft.train.trainer:TangentDPOTrainer.__init__": "the signature of trl.DPOTrainer",
 }
 

@@ -74,7 +74,7 @@ def _score(model: PreTrainedModel, head: Any, hidden: Tensor, tangent: Tensor | 
     """`score_tokens` where the head's weights can be read, which sharding engines allow inside their modules only."""
     labels, linearized, probe = rest
 
-    carried = head.carried_axes() if isinstance(head, TangentLayer) else {}
+    carried = head.uniform_axes() if isinstance(head, TangentLayer) else {}
 
     def score(hidden: Tensor, tangent: Tensor | None) -> tuple[Tensor, ...]:
         parts = head_of(model, head, carried)

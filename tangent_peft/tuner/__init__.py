@@ -1,6 +1,8 @@
 """The PEFT method: configuration, wrapped layers, the tuner with its λ, exports. Importing it registers the method."""
 
-from tangent_peft.tuner.axes import axis_norm as axis_norm
+from tangent_peft.tuner.algebra import axis_gram as axis_gram
+from tangent_peft.tuner.algebra import axis_inner as axis_inner
+from tangent_peft.tuner.algebra import axis_norm as axis_norm
 from tangent_peft.tuner.axes import tangent_tuner as tangent_tuner
 from tangent_peft.tuner.config import TangentConfig as TangentConfig
 from tangent_peft.tuner.embedding import TangentEmbedding as TangentEmbedding

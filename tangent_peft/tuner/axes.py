@@ -7,20 +7,18 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
-import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
-from torch import Tensor, nn
+from torch import nn
 
-from tangent_peft.forward import gathered, whole
 from tangent_peft.tuner.layer import TangentLayer
-from tangent_peft.tuner.weights import TangentFactors
+from tangent_peft.tuner.live import LiveMix, Weight
 
 
 if TYPE_CHECKING:
@@ -49,17 +47,14 @@ def tangent_layers(model: nn.Module) -> Iterator[TangentLayer]:
     return (module for module in model.modules() if isinstance(module, TangentLayer))
 
 
-@torch.no_grad()
-def axis_norm(model: nn.Module, axis: str) -> float:
-    """‖τ‖: the Frobenius norm of an axis's ΔW over all wrapped layers, at λ = 1; all processes of a sharded model."""
-    squares = [_square_norm(layer, axis) for layer in tangent_layers(model) if axis in layer.tangent_r]
-    return math.sqrt(sum(float(square) for square in squares))
-
-
-def _square_norm(layer: TangentLayer, axis: str) -> Tensor:
-    with gathered(parameter for leaf in layer.leaves(axis) for parameter in leaf.parameters()):
-        factors = {name: None if x is None else whole(x) for name, x in vars(layer.factors(axis, 1.0)).items()}
-        return TangentFactors(**factors).square_norm()
+def check_known(tuner: AxisVerbs, names: Iterable[str]) -> None:
+    """Raises a `ValueError` for a name that is not an axis of this model."""
+    for name in names:
+        if name not in tuner.peft_config:
+            raise ValueError(
+                f"Unknown axis {name!r}; this model has {sorted(tuner.peft_config)}. Load it first with "
+                f"`model.load_adapter(path, adapter_name={name!r})`."
+            )
 
 
 def check_weights(tuner: AxisVerbs, weights: Mapping[str, float]) -> dict[str, float]:
@@ -70,11 +65,7 @@ def check_weights(tuner: AxisVerbs, weights: Mapping[str, float]) -> dict[str, f
     """
     checked = {}
     for name, weight in weights.items():
-        if name not in tuner.peft_config:
-            raise ValueError(
-                f"Unknown axis {name!r}; this model has {sorted(tuner.peft_config)}. Load it first with "
-                f"`model.load_adapter(path, adapter_name={name!r})`."
-            )
+        check_known(tuner, [name])
         value = _as_number(weight)
         if not math.isfinite(value):
             raise ValueError(f"The weight of axis {name!r} is {weight!r}; λ must be a finite number.")
@@ -98,22 +89,23 @@ def _as_number(weight: object) -> float:
 
 def check_unmerged(tuner: AxisVerbs) -> None:
     """Raises a `ValueError` if axes are merged into the base weights."""
+    if not tuner.tangent_live.merged:
+        return
     merged = sorted({name for layer in tangent_layers(tuner.model) for name in layer.merged_adapters})
-    if merged:
-        raise ValueError(
-            f"Axes {merged} are merged into the base weights, so a mix can not change them. Call "
-            "`model.unmerge_adapter()` first."
-        )
+    raise ValueError(
+        f"Axes {merged} are merged into the base weights, so a mix can not change them. Call "
+        "`model.unmerge_adapter()` first."
+    )
 
 
-def refuse_saved_modules(tuner: AxisVerbs, weights: Mapping[str, float]) -> None:
+def refuse_saved_modules(tuner: AxisVerbs, names: Iterable[str]) -> None:
     """Raises a `ValueError` if an axis keeps modules of its own, to which no λ applies."""
-    for name in weights:
+    for name in names:
         extra = tuner.peft_config[name].modules_to_save
         if extra:
             raise ValueError(
                 f"Axis {name!r} keeps its own copy of the modules {extra}, which have no λ and do not mix. Activate "
-                "that one axis and use `model.merge_and_unload()`."
+                "that one axis, and use `model.merge_and_unload()` where you want merged weights."
             )
 
 
@@ -123,6 +115,8 @@ def check_saved_modules(tuner: AxisVerbs, weights: Mapping[str, float]) -> None:
     Raises:
         ValueError: for such an axis at a λ other than 1, or two that keep the same module.
     """
+    if not any(tuner.peft_config[name].modules_to_save for name in weights):
+        return
     for name, weight in weights.items():
         extra = tuner.peft_config[name].modules_to_save
         if extra and weight != 1.0:
@@ -145,34 +139,47 @@ def activate(tuner: AxisVerbs, weights: Mapping[str, float]) -> None:
     checked = check_weights(tuner, weights)
     check_unmerged(tuner)
     check_saved_modules(tuner, checked)
-    set_active(tuner, list(checked), inference_mode=True)
-    set_scaling(tuner, checked)
+    switch(tuner, checked)
+
+
+def switch(tuner: AxisVerbs, weights: Mapping[str, Weight]) -> None:
+    """Makes a checked mix the active one.
+
+    All layers read the same λ, so this takes as long for a large model as for a small one, unless something has to be
+    frozen or switched first at every layer: axes that train, modules that axes keep.
+    """
+    live = tuner.tangent_live
+    if is_light(tuner):
+        live.active = tuner.active_adapter = list(weights)
+    else:
+        set_active(tuner, list(weights), inference_mode=True)
+    live.set_weights(weights)
+
+
+def is_light(tuner: AxisVerbs) -> bool:
+    """Whether nothing but λ distinguishes one mix from another: no axis trains, or keeps modules of its own."""
+    return not tuner.tangent_live.training and not any(c.modules_to_save for c in tuner.peft_config.values())
 
 
 def set_active(tuner: AxisVerbs, names: str | list[str], inference_mode: bool = False) -> None:
     """Activates adapters as PEFT does, and none of them for an empty list, which PEFT refuses to saved modules."""
     if names:
         BaseTuner.set_adapter(tuner, names, inference_mode=inference_mode)
-        return
-    for module in tuner.model.modules():
-        if isinstance(module, (TangentLayer, AuxiliaryTrainingWrapper)):
-            module.set_adapter([])
-    tuner.active_adapter = []
-
-
-def set_scaling(tuner: AxisVerbs, weights: Mapping[str, float]) -> None:
-    """λ as given; 1 for every other axis, so that no weight of an earlier mix comes back when PEFT activates it."""
-    for layer in tangent_layers(tuner.model):
-        layer.tangent_scaling.update({name: weights.get(name, 1.0) for name in layer.tangent_scaling})
+    else:
+        for module in tuner.model.modules():
+            if isinstance(module, (TangentLayer, AuxiliaryTrainingWrapper)):
+                module.set_adapter([])
+        tuner.active_adapter = []
+    if inference_mode or not names:
+        tuner.tangent_live.training.clear()
 
 
 def active_weights(tuner: AxisVerbs) -> dict[str, float]:
     """λ of the active axes, those at 0 included; empty while adapters are disabled."""
-    weights: dict[str, float] = {}
-    for layer in tangent_layers(tuner.model):
-        if not layer.disable_adapters:
-            weights.update({n: layer.tangent_scaling[n] for n in layer.active_adapters if n in layer.tangent_scaling})
-    return {name: weights[name] for name in tuner.peft_config if name in weights}
+    live = tuner.tangent_live
+    if next(tangent_layers(tuner.model)).disable_adapters:
+        return {}
+    return {name: live.uniform(name) for name in tuner.peft_config if name in live.active}
 
 
 # ---- remembering and restoring ---------------------------------------------------------------------------------------
@@ -180,35 +187,40 @@ def active_weights(tuner: AxisVerbs) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """λ of every adapter at every layer, which parameters train, and which axes will once they are enabled again."""
+    """What is active, which parameters train, and which axes will once they are enabled again."""
 
-    scaling: list[tuple[TangentLayer, dict[str, float]]]
+    live: LiveMix
     trainable: list[tuple[nn.Parameter, bool]]
     suspended: list[tuple[TangentLayer, frozenset[str]]]
 
 
-def snapshot(model: nn.Module) -> Snapshot:
-    """What `restore_scaling` and `preserved` put back."""
-    holders = [m for m in model.modules() if isinstance(m, (TangentLayer, AuxiliaryTrainingWrapper))]
+def snapshot(tuner: AxisVerbs) -> Snapshot:
+    """What `restore_weights`, `restore_training` and `preserved` put back."""
+    live = replace(tuner.tangent_live, training=set(tuner.tangent_live.training))
+    if is_light(tuner):
+        return Snapshot(live, [], [])
+    holders = [m for m in tuner.model.modules() if isinstance(m, (TangentLayer, AuxiliaryTrainingWrapper))]
     return Snapshot(
-        [(layer, dict(layer.tangent_scaling)) for layer in tangent_layers(model)],
+        live,
         [(parameter, parameter.requires_grad) for holder in holders for parameter in holder.parameters()],
-        [(layer, layer.tangent_suspended) for layer in tangent_layers(model)],
+        [(layer, layer.tangent_suspended) for layer in tangent_layers(tuner.model)],
     )
 
 
-def restore_scaling(before: Snapshot) -> None:
-    """Puts λ back for the adapters that existed at the snapshot and still do."""
-    for layer, scaling in before.scaling:
-        layer.tangent_scaling.update({n: scale for n, scale in scaling.items() if n in layer.tangent_scaling})
+def restore_weights(tuner: AxisVerbs, before: Snapshot) -> None:
+    """Puts λ back for the adapters that existed at the snapshot and still do, and how rows have it."""
+    live = tuner.tangent_live
+    live.weights = {name: before.live.weights.get(name, weight) for name, weight in live.weights.items()}
+    live.rows = before.live.rows
 
 
-def restore_training(before: Snapshot) -> None:
+def restore_training(tuner: AxisVerbs, before: Snapshot) -> None:
     """Lets the parameters of the snapshot train, or not, as they did then."""
     for parameter, trains in before.trainable:
         parameter.requires_grad_(trains)
     for layer, suspended in before.suspended:
         layer.tangent_suspended = suspended
+    tuner.tangent_live.training |= before.live.training
 
 
 @contextmanager
@@ -218,16 +230,19 @@ def preserved(tuner: AxisVerbs) -> Iterator[None]:
     If the axes that were active have been deleted inside, what is active instead stays; never the base alone.
     """
     check_unmerged(tuner)  # PEFT would unmerge on its way back
-    before, active = snapshot(tuner.model), list(tuner.active_adapters)
+    before = snapshot(tuner)
     try:
         yield
     finally:
-        left = [name for name in active if name in tuner.peft_config]
-        if active and not left:
+        left = [name for name in before.live.active if name in tuner.peft_config]
+        if before.live.active and not left:
             left = list(tuner.active_adapters) or list(tuner.peft_config)[:1]
-        set_active(tuner, left)
-        restore_scaling(before)
-        restore_training(before)
+        if is_light(tuner) and not before.live.training:
+            tuner.tangent_live.active = tuner.active_adapter = left
+        else:
+            set_active(tuner, left, inference_mode=not before.live.training)
+        restore_weights(tuner, before)
+        restore_training(tuner, before)
 
 
 def delete(tuner: AxisVerbs, adapter_name: str) -> None:
@@ -241,16 +256,16 @@ def delete(tuner: AxisVerbs, adapter_name: str) -> None:
         BaseTuner.delete_adapter(tuner, adapter_name)  # leaves the active axis alone
         return
     check_unmerged(tuner)
-    before = snapshot(tuner.model)
+    before = snapshot(tuner)
     rest = [name for name in active if name != adapter_name]
     trained = trained_axes(tuner)
     if rest:
         set_active(tuner, [])  # PEFT deletes saved modules only where at most one axis is active
     BaseTuner.delete_adapter(tuner, adapter_name)
     set_active(tuner, rest or list(tuner.active_adapters), inference_mode=adapter_name not in trained)
-    restore_scaling(before)
+    restore_weights(tuner, before)
     if rest:
-        restore_training(before)
+        restore_training(tuner, before)
 
 
 def trained_axes(tuner: AxisVerbs) -> set[str]:

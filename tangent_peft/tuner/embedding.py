@@ -9,7 +9,7 @@ embedding's alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tangent_peft.forward import dual, graft, leave, split
 from tangent_peft.tuner.layer import TangentLayer, itself
+from tangent_peft.tuner.live import Weight
 from tangent_peft.tuner.projection import shared_projection
 from tangent_peft.tuner.weights import leaf_weight
 
@@ -47,17 +48,18 @@ class TangentEmbedding(TangentLayer):
         return self.base_layer(primal, *args, **kwargs), None
 
     def _apply_tangent(
-        self, x: Tensor, carried: dict[str, float], through: Callable[[Tensor], Tensor] = itself
+        self, x: Tensor, carried: Mapping[str, Weight], through: Callable[[Tensor], Tensor] = itself
     ) -> Tensor:
         """Σ λᵢ ΔEᵢ[ids] (…, D) of token ids x (…), scaled as the embedding is."""
         total = None
-        for name, scale in carried.items():
-            factors = self.factors(name, scale, through)
+        for name, weight in carried.items():
+            factors = self.factors(name, 1.0, through)
             if factors.dense is not None:
                 term = F.embedding(x, factors.dense.mT, self.padding_idx)
             else:
                 assert factors.b is not None and factors.a is not None
                 term = F.linear(F.embedding(x, factors.a.mT, self.padding_idx), factors.b)
+            term = self._weighted(term, weight)
             total = term if total is None else total + term
         assert total is not None
         factor = self.scale

@@ -7,7 +7,7 @@ recognize what to save.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tangent_peft.forward import Gradient, TangentCarrier
 from tangent_peft.tuner.config import TangentConfig
+from tangent_peft.tuner.live import LiveMix, RowWeights, Weight
 from tangent_peft.tuner.projection import shared_projection
 from tangent_peft.tuner.weights import TangentWeight, leaf_weight
 
@@ -25,7 +26,6 @@ class TangentHolder(TangentCarrier, BaseTunerLayer):
     adapter_layer_names = ("tangent_delta", "tangent_A", "tangent_B")
     other_param_names = (
         "tangent_r",
-        "tangent_scaling",
         "tangent_linearize",
         "tangent_gradient",
         "tangent_projection",
@@ -51,13 +51,12 @@ class TangentHolder(TangentCarrier, BaseTunerLayer):
         self.tangent_A = nn.ModuleDict()
         self.tangent_B = nn.ModuleDict()
         self.tangent_r: dict[str, int | None] = {}
-        self.tangent_scaling: dict[str, float] = {}
+        self.tangent_live = LiveMix([])  # the model's, once it has taken the layer in
         self.tangent_linearize: dict[str, bool] = {}
         self.tangent_gradient: dict[str, Gradient] = {}
         # Plain tensors, not buffers: casting the model must not round a projection that is never stored.
         self.tangent_projection: dict[str, Tensor] = {}
         self.tangent_key: dict[str, tuple[int, int]] = {}
-        self.tangent_forced: bool | None = None  # set by TangentModel.linearized(...)
         self.tangent_tied = False  # the weight is shared with the input embedding
         self.tangent_merged: dict[str, float] = {}
         self._tied_weight: nn.Parameter | None = None
@@ -69,7 +68,7 @@ class TangentHolder(TangentCarrier, BaseTunerLayer):
     def update_layer(self, adapter_name: str, r: int | None, config: TangentConfig) -> None:
         """Adds the tangent of an adapter: dense for `r=None`, else of rank r."""
         self.tangent_r[adapter_name] = r
-        self.tangent_scaling[adapter_name] = 1.0
+        self.tangent_live.weights[adapter_name] = 1.0
         self.tangent_linearize[adapter_name] = config.linearize
         self.tangent_gradient[adapter_name] = config.gradient
         if r is None:
@@ -108,6 +107,19 @@ class TangentHolder(TangentCarrier, BaseTunerLayer):
                 nn.init.normal_(leaf_weight(holder, adapter_name), std=0.02)
 
     @property
+    def _active_adapter(self) -> list[str]:  # where PEFT keeps the active adapters
+        return self.tangent_live.active
+
+    @_active_adapter.setter
+    def _active_adapter(self, names: str | list[str]) -> None:
+        self.tangent_live.active = [names] if isinstance(names, str) else names
+
+    @property
+    def tangent_scaling(self) -> dict[str, Weight]:
+        """λ of the model's axes, this layer's or not."""
+        return self.tangent_live.weights
+
+    @property
     def weight_name(self) -> str:
         """Full name of the weight in the unmodified model."""
         return f"{self.layer_name}.weight"
@@ -131,6 +143,18 @@ class TangentHolder(TangentCarrier, BaseTunerLayer):
         """Activates adapters; those of a disabled layer train, or not, once it is enabled."""
         super().set_adapter(adapter_names, inference_mode=inference_mode)
         self.tangent_suspended = frozenset() if inference_mode else frozenset(self.active_adapters)
+        self.tangent_live.training |= self.tangent_suspended
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Lets adapters train, or not."""
+        super().set_requires_grad(adapter_names, requires_grad)
+        if requires_grad:
+            self.tangent_live.training |= {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Deletes an adapter's tangent; PEFT calls this for every layer, and so do we."""
+        self.tangent_live.weights.pop(adapter_name, None)
+        super().delete_adapter(adapter_name)
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switches the adapters on or off; once on again, those train that did before."""
@@ -144,12 +168,30 @@ class TangentHolder(TangentCarrier, BaseTunerLayer):
             super().enable_adapters(False)
             self.tangent_suspended = suspended
 
-    def carried_axes(self) -> dict[str, float]:
+    def carried_axes(self) -> dict[str, Weight]:
         """The active axes of this layer and their λ; those at λ = 0 contribute nothing and are left out."""
-        if self.disable_adapters or self.merged:
+        if self._disable_adapters or self.merged_adapters:
             return {}
-        names = (name for name in self.active_adapters if name in self.tangent_r)
-        return {name: scale for name in names if (scale := self.tangent_scaling[name]) != 0.0}
+        live = self.tangent_live
+        named = ((name, live.weights[name]) for name in live.active if name in self.tangent_r)
+        return {name: weight for name, weight in named if (any(weight) if isinstance(weight, tuple) else weight != 0.0)}
+
+    def uniform_axes(self) -> dict[str, float]:
+        """As `carried_axes`, where the rows of a batch can not have a mix each.
+
+        Raises:
+            NotImplementedError: if they have.
+        """
+        carried = {}
+        for name, weight in self.carried_axes().items():
+            if isinstance(weight, RowWeights):
+                raise NotImplementedError(
+                    f"{type(self).__name__} {self.layer_name!r} can only give all rows of a batch one mix here (its "
+                    f"weight is read, or its gradient replayed), but axis {name!r} has λ = {tuple(weight)}. Run the "
+                    "rows of each mix as a batch of their own, inside `with model.axes({...}):`."
+                )
+            carried[name] = weight
+        return carried
 
     def tangent_mix(self) -> Hashable | None:
         """The linearized axes and their λ, sorted; `None` if there are none."""
@@ -180,9 +222,9 @@ class TangentHolder(TangentCarrier, BaseTunerLayer):
         """How the gradients of the active axes are to be computed."""
         return {self.tangent_gradient[name] for name in self.carried_axes()}
 
-    def _linearized(self, carried: dict[str, float]) -> bool:
-        if self.tangent_forced is not None:
-            return self.tangent_forced
+    def _linearized(self, carried: Mapping[str, Weight]) -> bool:
+        if self.tangent_live.forced is not None:
+            return self.tangent_live.forced
         modes = {self.tangent_linearize[name] for name in carried}
         if len(modes) > 1:
             raise ValueError(

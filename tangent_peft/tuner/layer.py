@@ -7,7 +7,7 @@ A wrapped layer maps the dual pair (x, ẋ) to (W x + b, W ẋ + Σ λᵢ τᵢ 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,7 @@ from tangent_peft.forward import (
 )
 from tangent_peft.tuner.guard import GuardedWeight
 from tangent_peft.tuner.holder import TangentHolder
+from tangent_peft.tuner.live import RowWeights, Weight
 from tangent_peft.tuner.weights import TangentFactors, leaf_weight
 
 
@@ -71,22 +72,30 @@ class TangentLayer(TangentHolder):
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """λ·ΔW in the layout of the base weight, at the adapter's current λ."""
-        return self._layout(self.delta(adapter_name, self.tangent_scaling[adapter_name]))
+        return self._layout(self.delta(adapter_name, self.tangent_live.uniform(adapter_name)))
 
-    def _apply_tangent(self, x: Tensor, carried: dict[str, float]) -> Tensor:
+    def _apply_tangent(self, x: Tensor, carried: Mapping[str, Weight]) -> Tensor:
         """Σ λᵢ τᵢ x."""
         total = None
-        for name, scale in carried.items():
+        for name, weight in carried.items():
             if self.tangent_r[name] is None:
                 term = self.tangent_delta[name](x)
             elif name in self.tangent_A:
                 term = self.tangent_B[name](self.tangent_A[name](x))
             else:
                 term = self.tangent_B[name](F.linear(x, self.projection(name, x.device).to(x.dtype)))
-            term = term if scale == 1.0 else term * scale
+            term = self._weighted(term, weight)
             total = term if total is None else total + term
         assert total is not None
         return total
+
+    def _weighted(self, term: Tensor, weight: Weight) -> Tensor:
+        """λ times the output of a tangent, row by row where λ is."""
+        if isinstance(weight, RowWeights):
+            rows = self.tangent_live.rows
+            assert rows is not None
+            return term * rows.column(weight, term, self.layer_name)
+        return term if weight == 1.0 else term * weight
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(x, ẋ) → (W x + b, W ẋ + Σ λᵢ τᵢ x), dual inside a linearized pass; the ordinary layer without active axes.
@@ -103,7 +112,7 @@ class TangentLayer(TangentHolder):
             y = self.base_layer(x, *args, **kwargs)
             return y + self._apply_tangent(x, carried).to(y.dtype)
         if is_replaying():
-            return self._replay(x, carried, *args, **kwargs)
+            return self._replay(x, self.uniform_axes(), *args, **kwargs)
         if current_pass() is None:
             raise RuntimeError(self._called_outside(carried))
         primal, tangent = split(x)
@@ -111,7 +120,7 @@ class TangentLayer(TangentHolder):
         dy = self._apply_tangent(primal, carried).to(y.dtype)
         return dual(y, dy if passed_on is None else dy + passed_on)
 
-    def _called_outside(self, carried: dict[str, float]) -> str:
+    def _called_outside(self, carried: Mapping[str, Weight]) -> str:
         return (
             f"Layer {self.layer_name!r} carries the linearized axes {carried} but was called outside of a "
             "linearized forward, where its tangent would be lost. Call the whole model that was wrapped, not a "
@@ -156,7 +165,7 @@ class TangentLayer(TangentHolder):
         That is the dual (W, Σ λᵢ τᵢ) in a linearized pass; in a replay W, whose backward leaves the gradients of the
         tangents; W + Σ λᵢ τᵢ where the axes add their weights; W itself outside of all these.
         """
-        carried = self.carried_axes()
+        carried = self.uniform_axes()
         linear = bool(carried) and self._linearized(carried)
         replayed = linear and is_replaying()
         if not carried or (linear and not replayed and current_pass() is None):
@@ -197,7 +206,8 @@ class TangentLayer(TangentHolder):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
             self._set_merged(merged)
             self.merged_adapters.append(name)
-            self.tangent_merged[name] = self.tangent_scaling[name]
+            self.tangent_merged[name] = self.tangent_live.uniform(name)
+            self.tangent_live.merged.add(self.layer_name)
 
     def _set_merged(self, merged: Tensor) -> None:
         base: Any = self.get_base_layer()
@@ -219,6 +229,7 @@ class TangentLayer(TangentHolder):
             weight = self.get_base_weight()
             delta = self._layout(self.delta(name, scale)).to(weight.device, weight.dtype)
             self.set_base_weight(weight - delta)
+        self.tangent_live.merged.discard(self.layer_name)
         if self._tied_weight is not None:
             base.weight, self._tied_weight = self._tied_weight, None
 

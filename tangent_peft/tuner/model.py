@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from typing import Any
 
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -27,8 +26,10 @@ from tangent_peft.tuner.dispatch import wrap_layer
 from tangent_peft.tuner.experts import TangentExperts, wrap_experts, wrapper_of
 from tangent_peft.tuner.fingerprint import check_fingerprint, fingerprint
 from tangent_peft.tuner.layer import TangentLayer
+from tangent_peft.tuner.live import LiveMix
 from tangent_peft.tuner.quantized import TangentQuantized, check_mergeable
 from tangent_peft.tuner.registration import PREFIX
+from tangent_peft.tuner.rows import RowForward
 from tangent_peft.tuner.shared import refuse_shared_weights
 from tangent_peft.tuner.state import AxisConfigs, check_state_dict
 from tangent_peft.tuner.targets import (
@@ -96,7 +97,7 @@ class TangentModel(AxisVerbs):
         elif not known:
             layer = wrap_experts(target, current_key.rpartition(".")[0])
         for new in [] if known else axes.tangent_layers(layer):
-            new._active_adapter = adapter_name
+            new.tangent_live = self.tangent_live
         carrier: Any = layer if parameter_name is None else wrapper_of(layer, parameter_name)
         carrier.update_layer(adapter_name, r, peft_config)
         if known:
@@ -134,13 +135,14 @@ class TangentModel(AxisVerbs):
         if config.linearize:
             check_support(model)
         check_unreadable(opaque_layers(model), activation_dtype(model), training=not config.inference_mode)
-        before, forced = axes.snapshot(model), self._forced()
+        known = next((layer.tangent_live for layer in axes.tangent_layers(model)), None)
+        self.tangent_live = LiveMix([adapter_name]) if known is None else known
+        before = axes.snapshot(self)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if config.base_fingerprint is None and not config.inference_mode:
             config.base_fingerprint = fingerprint(model)
             warn_of_encoders(model)
-        axes.restore_scaling(before)
-        self._force(forced)
+        axes.restore_weights(self, before)
         self._mark_tied(model)
         refuse_shared_weights(model)
         refuse_unknown_above(model, self.blocks)
@@ -173,7 +175,7 @@ class TangentModel(AxisVerbs):
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Activates adapters at λ = 1 each; several add up."""
         axes.set_active(self, adapter_name, inference_mode=inference_mode)
-        axes.set_scaling(self, {})
+        self.tangent_live.set_weights({})
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Deletes an axis; the rest of the active mix stays as it was.
@@ -206,16 +208,9 @@ class TangentModel(AxisVerbs):
                 for name, saved in module.modules_to_save.items():
                     saved.requires_grad_(name in trained)
 
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError(
-                f"`adapter_names={kwargs['adapter_names']}`: one axis per row of a batch is not supported. Run the "
-                "rows of each axis as a batch of their own, each inside `with model.axes({...}):`."
-            )
-        yield
-
     def _check_merge_allowed(self) -> None:
+        for name in self.tangent_live.active:
+            self.tangent_live.uniform(name)
         check_mergeable(axes.tangent_layers(self.model))
         for layer in _head_and_embedding(self.model):
             if isinstance(layer, TangentLayer) and layer.tangent_tied and layer.carried_axes():
@@ -255,11 +250,12 @@ def linearize_forward(model: nn.Module) -> None:
     restore_forward(model)
     layers = list(axes.tangent_layers(model))
     if layers:
+        RowForward(model, layers[0].tangent_live)
         LinearizedForward(model, layers, opaque_layers(model))
 
 
 def restore_forward(model: nn.Module) -> None:
     """Takes the linearized pass away again."""
-    installed = LinearizedForward.installed(model)
-    if installed is not None:
-        installed.remove()
+    for installed in (RowForward.installed(model), LinearizedForward.installed(model)):
+        if installed is not None:
+            installed.remove()

@@ -86,7 +86,7 @@ class TangentQuantized(TangentLayer):
         kept = _snapshot(base) if self._kept is None else self._kept
         if self._kept is not None:
             _restore(self, *kept)
-        scales = {**self.tangent_merged, **{name: self.tangent_scaling[name] for name in names}}
+        scales = {**self.tangent_merged, **{name: self.tangent_live.uniform(name) for name in names}}
         weight = self.get_base_weight()
         merged = weight + sum(self.delta(name, scale).to(weight.device, weight.dtype) for name, scale in scales.items())
         if safe_merge and not torch.isfinite(merged).all():
@@ -97,6 +97,7 @@ class TangentQuantized(TangentLayer):
         _restore_attributes(*kept)
         self.merged_adapters.extend(names)
         self.tangent_merged.update({name: scales[name] for name in names})
+        self.tangent_live.merged.add(self.layer_name)
 
     def unmerge(self) -> None:
         """Puts the layer back that was there before merging, bit for bit."""
@@ -107,6 +108,7 @@ class TangentQuantized(TangentLayer):
         self._kept = None
         self.merged_adapters.clear()
         self.tangent_merged.clear()
+        self.tangent_live.merged.discard(self.layer_name)
 
 
 def check_mergeable(layers: Iterable[TangentLayer]) -> None:

@@ -1,22 +1,27 @@
-"""`AxisVerbs`: what axes add to PEFT's verbs, each in a file of its own: λ, the choice of evaluation, the exports."""
+"""`AxisVerbs`: what axes add to PEFT's verbs, each in a file of its own: λ, the evaluation, algebra, exports."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from tangent_peft.tuner import axes, export, stored
+from tangent_peft.tuner import algebra, axes, combine, export, rows, stored
+from tangent_peft.tuner.combine import CombinationType, MajoritySign
 from tangent_peft.tuner.config import TangentConfig
+from tangent_peft.tuner.live import LiveMix
 
 
 class AxisVerbs(BaseTuner):
     """Abstract: the verbs of a model with axes. `TangentModel` says how its layers are wrapped."""
 
     peft_config: dict[str, TangentConfig]  # type: ignore[assignment]  # PEFT lets no other method in beside it
+    tangent_live: LiveMix  # shared with all layers
 
     # ---- axes --------------------------------------------------------------------------------------------------
 
@@ -43,12 +48,26 @@ class AxisVerbs(BaseTuner):
         return axes.active_weights(self)
 
     @contextmanager
-    def axes(self, weights: Mapping[str, float] | None = None, /, **named: float) -> Iterator[None]:
+    def axes(
+        self, weights: Mapping[str, float] | Sequence[Mapping[str, float]] | None = None, /, **named: float
+    ) -> Iterator[None]:
         """Mixes axes for the duration of a `with` block: `with model.axes(help=1.0, verb=-0.5):`.
+
+        Args:
+            weights: λ by axis name; or a list of such mixes, one for every row of the batches inside the block, as
+                `model(..., axis_weights=[...])` and `model.generate(..., axis_weights=[...])` take it for one call.
+            **named: λ by axis name, in place of `weights` or beside a mapping.
 
         Raises:
             ValueError: as `combine_axes`, and for an axis given twice, by mapping and by keyword.
+            TypeError: for anything but a mapping or a list of mappings, or keywords beside a list.
         """
+        if weights is not None and not isinstance(weights, Mapping):
+            if named:
+                raise TypeError(f"Axes {sorted(named)} are given as keywords beside a list of mixes; put them into it.")
+            with rows.mixed_rows(self, weights):
+                yield
+            return
         twice = sorted(set(weights or {}) & set(named))
         if twice:
             raise ValueError(f"Axes {twice} are given twice, in the mapping and as keywords. Give each one λ.")
@@ -63,20 +82,114 @@ class AxisVerbs(BaseTuner):
         Args:
             flag: `True`: f_lin. `False`: the ordinary network at the weights θ(λ), without merging them.
         """
-        before = self._forced()
-        self._force(flag)
+        live = self.tangent_live
+        before, live.forced = live.forced, flag
         try:
             yield
         finally:
-            self._force(before)
+            live.forced = before
 
-    def _forced(self) -> bool | None:
-        """The evaluation that a surrounding `linearized(...)` chose, the same at every layer."""
-        return next((layer.tangent_forced for layer in axes.tangent_layers(self.model)), None)
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's `generate`; with `axis_weights=[{…}, …]` each row, and all its beams, has its own mix."""
+        model: Any = self.model
+        with rows.repeated_rows(self, args, kwargs):
+            return model.generate(*args, **{name: value for name, value in kwargs.items() if name != rows.KEYWORD})
 
-    def _force(self, flag: bool | None) -> None:
-        for layer in axes.tangent_layers(self.model):
-            layer.tangent_forced = flag
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Called by `PeftModel` around forward and `generate`, with their arguments."""
+        with rows.rows_of_call(self, kwargs):
+            yield
+
+    # ---- algebra -----------------------------------------------------------------------------------------------
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: CombinationType = "linear",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: MajoritySign = "total",
+    ) -> None:
+        """Stores a combination of axes as a new axis, frozen and not activated. LoRA's method, exact in ΔW.
+
+        Every type acts on the ΔWᵢ of each layer, whatever the forms, ranks, projections and layers of the axes; an
+        axis that does not wrap a layer has ΔW = 0 there. LoRA's own `linear` combines the factors, which is not linear
+        in ΔW (for the weights 1 and −1 it is wrong by its own size).
+
+        Args:
+            adapters: names of the axes, each one once.
+            weights: as many numbers, of either sign.
+            adapter_name: name of the new axis.
+            combination_type: which ΔW is stored.
+                `"linear"` (the default; LoRA's is `"svd"`): Σ wᵢ ΔWᵢ exactly. Of axes that share one projection at
+                their rank; else at the sum of the ranks, at most that of the matrix; dense if one of the axes is.
+                `"cat"`: the same ΔW, always at the sum of the ranks; dense if one of the axes is.
+                `"svd"`: its best approximation of at most `svd_rank`, layer by layer.
+                `"ties"` (arXiv 2306.01708), `"dare_ties"`, `"dare_linear"` (arXiv 2311.03099), `"magnitude_prune"`: as
+                `peft.utils.merge_utils` computes them from ΔWᵢ and wᵢ; dense, also for low-rank axes: entries of
+                B·A are pruned, not those of B. As there, signs are elected before the weights apply, and DARE draws
+                from torch's random numbers (`torch.manual_seed` fixes them).
+                The same with `"_svd"`: its best approximation of at most `svd_rank`.
+            svd_rank: rank for the types that end in `svd`; `None`: the largest of the axes.
+            svd_clamp: for these types, quantile to which the entries of both factors are clamped; `None`: not.
+            svd_full_matrices: taken for LoRA's signature. The reduced SVD is computed either way: what is kept is the
+                same, and the full one of an output head would not fit into memory.
+            svd_driver: cuSOLVER's, `"gesvd"`, `"gesvdj"` or `"gesvda"`, for tensors on CUDA.
+            density: share of the entries of each ΔWᵢ to keep, above 0 and at most 1, for the types that prune.
+            majority_sign_method: `"total"` or `"frequency"`, for the types with `ties`.
+
+        Raises:
+            ValueError: for an unknown axis, a weight that is not finite, lists of different lengths, a name that
+                is taken, an unknown type, an option that the type lacks or does not use, `svd_rank` above the size of a
+                layer or missing for dense axes, axes of both kinds (`linearize`), one that keeps modules of its
+                own, a tangent that is not finite or sharded, a merged model.
+        """
+        how = combine.Combination(
+            combination_type, svd_rank, svd_clamp, svd_driver, density, majority_sign_method=majority_sign_method
+        )
+        combine.add_weighted(self, adapters, weights, adapter_name, how)
+
+    def axis_norm(self, axis: str) -> float:
+        """‖τ‖ at λ = 1; see `tangent_peft.tuner.algebra.axis_norm`."""
+        return algebra.axis_norm(self.model, axis)
+
+    def axis_inner(self, first: str, second: str) -> float:
+        """⟨τ₁, τ₂⟩ at λ = 1; see `tangent_peft.tuner.algebra.axis_inner`."""
+        return algebra.axis_inner(self.model, first, second)
+
+    def axis_gram(self, names: Sequence[str] | None = None, cosine: bool = False) -> Tensor:
+        """All ⟨τᵢ, τⱼ⟩ (K, K) of these axes or of all, or cosines; see `tangent_peft.tuner.algebra.axis_gram`."""
+        return algebra.axis_gram(self.model, list(self.peft_config) if names is None else names, cosine)
+
+    def orthogonalize_axis(self, name: str, against: str | Sequence[str], adapter_name: str) -> dict[str, float]:
+        """Stores what is left of an axis without its components along others: τ − Σ cⱼ τⱼ, orthogonal to every τⱼ.
+
+        The c solve the least-squares problem min ‖τ − Σ cⱼ τⱼ‖ over all layers. Orthogonal means in the weights, by the
+        inner product of `axis_inner`; what two axes do to the answers may overlap all the same. The form of the new
+        axis is that of a mix: axes that share one projection keep their rank.
+
+        Args:
+            name: the axis to project; it stays as it is.
+            against: one axis or several; they need not be orthogonal to each other.
+            adapter_name: name of the new axis, frozen and not activated.
+
+        Returns:
+            The mix that was stored, λ by axis: 1 for `name` and −cⱼ for the others.
+
+        Raises:
+            ValueError: as `add_weighted_adapter`; and for axes in `against` that are linearly dependent, which are
+                named, or an axis that lies in their span.
+        """
+        stored.check_sources(self, [name, *([against] if isinstance(against, str) else against)], adapter_name)
+        weights = algebra.orthogonal_weights(self.model, name, against)
+        stored.store_mix(self, weights, adapter_name)
+        return weights
 
     # ---- exports -----------------------------------------------------------------------------------------------
 

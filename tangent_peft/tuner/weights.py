@@ -10,6 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+DOUBLE_ENTRIES = 2**24  # entries of a dense ΔW that are held in float64 at a time
+
+
 class TangentWeight(nn.Module):
     """A leaf that holds one matrix as `.weight`, so that sharding engines and TRL's copies treat it as a layer.
 
@@ -56,9 +59,32 @@ class TangentFactors:
         assert self.b is not None and self.a is not None
         return self.b @ self.a
 
+    def inner(self, other: TangentFactors) -> Tensor:
+        """⟨ΔW, ΔW'⟩ of two tangents of one layer, a scalar in float64; no product of factors is formed.
+
+        With ∘ entry by entry and Σ over the entries:
+
+        dense, dense           Σ ΔW ∘ ΔW'
+        dense, low rank        Σ (ΔW A'ᵀ) ∘ B'
+        low rank, low rank     Σ (BᵀB') ∘ (AA'ᵀ) = tr(BᵀB'·A'Aᵀ); with one A of orthonormal rows it is ⟨B, B'⟩
+
+        The last line is computed as it stands for shared projections too: A is orthonormal only up to the rounding of
+        the dtype in which it runs.
+        """
+        if self.dense is None and other.dense is not None:
+            return other.inner(self)
+        if self.dense is None:
+            assert self.b is not None and self.a is not None and other.b is not None and other.a is not None
+            return ((self.b.double().mT @ other.b.double()) * (self.a.double() @ other.a.double().mT)).sum()
+        matching = other.b if other.dense is None else other.dense
+        assert matching is not None
+        rows = max(1, DOUBLE_ENTRIES * self.dense.shape[-2] // self.dense.numel())
+        total = torch.zeros((), dtype=torch.float64, device=self.dense.device)
+        for part, match in zip(self.dense.split(rows, dim=-2), matching.split(rows, dim=-2), strict=True):
+            projected = part.double() if other.a is None else part.double() @ other.a.double().mT
+            total += (projected * match.double()).sum()
+        return total
+
     def square_norm(self) -> Tensor:
-        """‖λ·ΔW‖², the squared Frobenius norm, a scalar in float64; ‖B·A‖² = tr(BᵀB·AAᵀ) without forming B·A."""
-        if self.dense is not None:
-            return self.dense.square().sum(dtype=torch.float64)
-        assert self.b is not None and self.a is not None
-        return ((self.b.mT @ self.b) * (self.a @ self.a.mT)).sum(dtype=torch.float64)
+        """‖ΔW‖², the squared Frobenius norm, a scalar in float64."""
+        return self.inner(self)

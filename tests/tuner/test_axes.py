@@ -56,7 +56,10 @@ def state(model: PeftModel) -> Any:
         model.axis_weights,
         model.active_adapters,
         [(id(parameter), parameter.requires_grad) for parameter in model.parameters()],
-        [(dict(layer.tangent_scaling), layer.tangent_forced, layer.active_adapters) for layer in tangent_layers(model)],
+        [
+            (dict(layer.tangent_scaling), layer.tangent_live.forced, list(layer.active_adapters))
+            for layer in tangent_layers(model)
+        ],
     )
 
 

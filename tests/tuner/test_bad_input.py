@@ -75,13 +75,6 @@ def test_a_misspelled_target_beside_a_right_one() -> None:
         get_peft_model(build("llama"), TangentConfig(target_modules=["nonsense"]))
 
 
-def test_one_adapter_per_row() -> None:
-    model = tangent_model()
-    with pytest.raises(ValueError, match=r"adapter_names=\['default', '__base__', 'default'\].*model\.axes"):
-        model(**INPUTS, adapter_names=["default", "__base__", "default"])
-    model(**INPUTS)
-
-
 def test_reading_the_weight_of_the_head_inside_a_forward() -> None:
     """As TRL's fused head does: it would run without the head's tangent."""
 

@@ -1,0 +1,134 @@
+"""`LiveMix`: λ as it is now, one object that all wrapped layers of a model read.
+
+Changing it changes the model in one place, however many layers there are; no tensor is touched. λ of an axis is a
+number, or for the time of a `with` block one number for every row of the batch (`RowWeights`). This file knows neither
+layers nor models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+
+class RowWeights(tuple[float, ...]):
+    """λ of one axis for every row of a batch."""
+
+    __slots__ = ()
+
+
+Weight: TypeAlias = float | RowWeights
+
+
+@dataclass
+class Rows:
+    """How the rows of the mixes lie in the tensors of the forward that runs.
+
+    Attributes:
+        mixes: number of mixes.
+        repeated: whether the batch may hold every row several times in a run, as `generate` does for beams.
+        batch: rows B of the batch of the forward that runs; `None` outside of one.
+        length: tokens T of each of its rows.
+        columns: λ as tensors, made once for each axis, layout, device and dtype.
+    """
+
+    mixes: int
+    repeated: bool = False
+    batch: int | None = None
+    length: int = 1
+    columns: dict[object, Tensor] = field(default_factory=dict)
+
+    def enter(self, shape: tuple[int, ...]) -> None:
+        """Takes note of the shape (B, T, …) of a forward's input.
+
+        Raises:
+            ValueError: if B is not the number of mixes, or in `generate` a multiple of it.
+        """
+        batch = shape[0]
+        if batch != self.mixes and not (self.repeated and batch % self.mixes == 0):
+            raise ValueError(
+                f"{self.mixes} mixes are given for a batch of {batch} rows. Give one mix for every row, `{{}}` for a "
+                "row of the base model."
+            )
+        self.batch, self.length = batch, shape[1] if len(shape) > 1 else 1
+
+    def column(self, weights: RowWeights, x: Tensor, name: str) -> Tensor:
+        """λ of the rows of x, to be multiplied by it: x is (B, …), or (B·T, …) with the rows one after the other.
+
+        Args:
+            weights: λ of each mix.
+            x: the input or output of a layer.
+            name: of the layer, for the error.
+
+        Raises:
+            ValueError: if x has no such shape.
+        """
+        if self.batch is None:
+            raise ValueError(
+                f"Layer {name!r} was called outside of the model's forward, where nothing tells which of the "
+                f"{self.mixes} mixes is whose. Call the whole model, or run the rows of each mix as a batch of "
+                "their own, inside `with model.axes({...}):`."
+            )
+        flat = x.ndim == 2 and x.shape[0] == self.batch * self.length
+        if not flat and (x.ndim < 3 or x.shape[0] != self.batch):
+            raise ValueError(
+                f"Layer {name!r} has values of shape {tuple(x.shape)}, in which the {self.batch} rows of "
+                f"{self.length} tokens can not be told apart, so they can not have a mix each. Run the rows of each "
+                "mix as a batch of their own, inside `with model.axes({...}):`."
+            )
+        repeats = x.shape[0] // self.mixes
+        key = weights, repeats, x.device, x.dtype
+        if key not in self.columns:
+            values = torch.tensor(weights, dtype=x.dtype, device=x.device)
+            self.columns[key] = values.repeat_interleave(repeats)
+        return self.columns[key].view(-1, *[1] * (x.ndim - 1))
+
+
+@dataclass
+class LiveMix:
+    """The live state of a model's axes.
+
+    Attributes:
+        active: the active axes, in order.
+        weights: λ of every axis, active or not.
+        rows: how rows have a mix each; `None` while all have the same.
+        forced: the evaluation that `TangentModel.linearized(...)` chose, or `None`.
+        training: the axes of which a tangent may train. One that does is in here; one in here may not.
+        merged: names of the layers into whose weight an axis is merged.
+    """
+
+    active: list[str]
+    weights: dict[str, Weight] = field(default_factory=dict)
+    rows: Rows | None = None
+    forced: bool | None = None
+    training: set[str] = field(default_factory=set)
+    merged: set[str] = field(default_factory=set)
+
+    def uniform(self, name: str) -> float:
+        """λ of an axis where all rows have the same.
+
+        Raises:
+            ValueError: if they do not.
+        """
+        weight = self.weights[name]
+        if isinstance(weight, RowWeights):
+            raise ValueError(
+                f"λ of axis {name!r} differs from row to row here: {tuple(weight)}. Merging, storing and exporting "
+                "need one number; do it outside of `with model.axes([...]):`."
+            )
+        return weight
+
+    def set_weights(self, weights: Mapping[str, Weight]) -> None:
+        """λ as given; 1 for every other axis, so that no λ of an earlier mix comes back when an axis is activated."""
+        self.weights = {name: weights.get(name, 1.0) for name in self.weights}
+
+
+def row_weights(mixes: Iterable[Mapping[str, float]]) -> dict[str, RowWeights]:
+    """λ of each axis for all rows; 0 where a row's mix does not name it."""
+    listed = list(mixes)
+    names = dict.fromkeys(name for mix in listed for name in mix)
+    return {name: RowWeights(float(mix.get(name, 0.0)) for mix in listed) for name in names}

@@ -1,0 +1,157 @@
+"""A mix for every row of a batch: `axis_weights=[{…}, {…}]`, and PEFT's `adapter_names=[…]`.
+
+For the time of a `with` block λ of an axis is a vector, one number per row, and every wrapped layer multiplies what
+the axis adds by the number of the row. A hook on the model tells where the rows lie in the batch of each forward:
+`generate` repeats every row for its beams. Knows no layer and no trainer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import MethodType
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from tangent_peft.tuner import axes
+from tangent_peft.tuner.live import LiveMix, Rows, row_weights
+
+
+if TYPE_CHECKING:
+    from tangent_peft.tuner.verbs import AxisVerbs
+
+
+KEYWORD = "axis_weights"
+BASE = "__base__"  # PEFT's name of the base model in `adapter_names`
+
+# What holds one entry per row in the inputs of a forward, the one that decides first.
+_INPUTS = (
+    "decoder_input_ids",
+    "decoder_inputs_embeds",
+    "input_ids",
+    "inputs_embeds",
+    "inputs",
+    "input_values",
+    "input_features",
+    "pixel_values",
+)
+
+
+@contextmanager
+def mixed_rows(tuner: AxisVerbs, mixes: Sequence[Mapping[str, float]]) -> Iterator[None]:
+    """Gives each row of the batches inside the block its own mix; the axes are frozen, as for inference.
+
+    Raises:
+        ValueError: for no mixes, an unknown axis, a λ that is not finite, a merged model, an axis that keeps modules of
+            its own.
+        TypeError: if the mixes are not a list of dicts.
+    """
+    if isinstance(mixes, (Mapping, str)) or not all(isinstance(mix, Mapping) for mix in mixes):
+        raise TypeError(
+            f"`{KEYWORD}` is a list with one dict {{axis: λ}} for every row of the batch; found {mixes!r}. For one mix "
+            "for all rows use `with model.axes({...}):`."
+        )
+    if not mixes:
+        raise ValueError(f"`{KEYWORD}` is empty. Give one mix for every row of the batch, `{{}}` for the base model.")
+    checked = [axes.check_weights(tuner, mix) for mix in mixes]
+    weights = row_weights(checked)
+    axes.refuse_saved_modules(tuner, dict.fromkeys(weights, 1.0))
+    with axes.preserved(tuner):
+        axes.switch(tuner, weights)
+        tuner.tangent_live.rows = Rows(len(checked))
+        yield
+
+
+@contextmanager
+def rows_of_call(tuner: AxisVerbs, kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """The block in which the arguments of a call of forward or `generate` give rows their mixes, if they do.
+
+    Raises:
+        ValueError: as `mixed_rows`, and if both `axis_weights` and `adapter_names` are given.
+    """
+    mixes, names = kwargs.get(KEYWORD), kwargs.get("adapter_names")
+    if mixes is not None and names is not None:
+        raise ValueError(f"`{KEYWORD}` and `adapter_names` are two ways to say the same; give one of them.")
+    if mixes is None and names is not None:
+        mixes = [{} if name == BASE else {name: 1.0} for name in names]
+    if mixes is None:
+        yield
+        return
+    with mixed_rows(tuner, mixes):
+        yield
+
+
+@contextmanager
+def repeated_rows(tuner: AxisVerbs, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[None]:
+    """The block in which `generate` may repeat each row, for beams and for several answers.
+
+    Raises:
+        ValueError: if its inputs have not one row for every mix.
+    """
+    rows = tuner.tangent_live.rows
+    if rows is None:
+        if kwargs.get(KEYWORD) is not None:
+            raise ValueError(_NOT_OPEN.format(type(tuner.model).__name__))
+        yield
+        return
+    rows.enter(_input_shape(args, kwargs))
+    rows.batch, rows.repeated = None, True
+    try:
+        yield
+    finally:
+        rows.repeated = False
+
+
+class RowForward:
+    """The hook that tells, at each call of a module, how many rows its batch has.
+
+    Args:
+        root: the module whose call is one forward pass.
+        live: λ of its axes.
+    """
+
+    def __init__(self, root: nn.Module, live: LiveMix) -> None:
+        self.live = live
+        self.handles = [
+            root.register_forward_pre_hook(self._enter, with_kwargs=True),
+            root.register_forward_hook(self._leave, always_call=True),
+        ]
+
+    @staticmethod
+    def installed(root: nn.Module) -> RowForward | None:
+        """The hook that is on `root`, or `None`."""
+        methods = (hook for hook in root._forward_pre_hooks.values() if isinstance(hook, MethodType))
+        return next((m.__self__ for m in methods if isinstance(m.__self__, RowForward)), None)
+
+    def remove(self) -> None:
+        """Takes the hook away."""
+        for handle in self.handles:
+            handle.remove()
+
+    def _enter(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        given = kwargs.pop(KEYWORD, None)
+        if self.live.rows is not None:
+            self.live.rows.enter(_input_shape(args, kwargs))
+        elif given is not None:
+            raise ValueError(_NOT_OPEN.format(type(root).__name__))
+        return args, kwargs
+
+    def _leave(self, root: nn.Module, args: Any, output: Any) -> None:
+        if self.live.rows is not None:
+            self.live.rows.batch = None
+
+
+_NOT_OPEN = (
+    f"`{KEYWORD}` came to {{}}, whose axes are disabled or which was called past its PeftModel, so no row would get "
+    "its mix. Call the PeftModel with its adapters enabled, or put the call inside `with model.axes([...]):`."
+)
+
+
+def _input_shape(args: Iterable[Any], kwargs: Mapping[str, Any]) -> tuple[int, ...]:
+    """The shape (B, T, …) of a call's main input."""
+    named = [kwargs[name] for name in _INPUTS if isinstance(kwargs.get(name), Tensor)]
+    found = [*named, *(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim > 0)]
+    if not found:
+        raise ValueError("A mix for every row needs a batch: the call has no tensor among its arguments.")
+    return tuple(found[0].shape)
