@@ -144,7 +144,7 @@ def test_the_grid_interpolates_exactly_what_it_can() -> None:
     """A polynomial of the grid's degree, at λ on and between its points."""
     mixes = _mixes(50, 2, 1.5)
     box = partition._Box.around(mixes)
-    grid = partition._Grid(box, 6, mixes)
+    grid = partition._Grid(box, 8, mixes)
 
     def polynomial(x: Tensor) -> Tensor:
         return (x[:, 0] ** 5 - x[:, 0] * x[:, 1] ** 4 + 0.3)[None]
