@@ -153,3 +153,13 @@ def test_the_grid_interpolates_exactly_what_it_can() -> None:
     found = values @ grid.interpolation.mT
     assert (found - polynomial(mixes - box.middle)).abs().max() < 1e-12
     assert grid.remainder(polynomial(grid.offsets * 0))[0] < 1e-12 < grid.remainder(values)[0]
+
+
+@pytest.mark.parametrize("axes", [1, 2])
+def test_heavy_tails_are_estimated_honestly(axes: int) -> None:
+    """In float64, so that all of the error is that of the interpolation: it converges slowly here."""
+    ranks = torch.arange(1, 7001, dtype=torch.float64).log().expand(3, 1, -1)
+    z = torch.cat([-0.5 * ranks, 0.4 * torch.distributions.StudentT(3.7).sample((3, axes, 7000)).double()], 1)
+    mixes = _mixes(300, axes, 2.9)
+    found = log_partition(z, mixes, TOLERANCE)
+    assert (found.values - _expected(z, mixes)).abs().max() < TOLERANCE
