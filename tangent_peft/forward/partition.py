@@ -139,7 +139,7 @@ def _interpolated(
     whole = tail + _head_sums(*head, grid.offsets)
     share = (tail / whole).amax(1)
     log_tail = torch.maximum(tail, 1e-3 * tolerance * whole).log()
-    error = grid.remainder(log_tail) * share
+    error = grid.remainder(log_tail, torch.finfo(z.dtype).eps / 4) * share
     sums = (grid.interpolation @ log_tail.mT).exp().mT + _head_sums(*head, grid.targets)
     values = (sums.log() + top.double() + mean[:, :, 0].double() @ grid.targets.mT).mT
     deviations = (values[grid.worst] - plain_sums(z, mixes[grid.worst])).abs().amax(0)
@@ -254,12 +254,12 @@ class _Grid:
         factor[:, 2 * half :] = 1.0
         return factor
 
-    def remainder(self, values: Tensor) -> Tensor:
+    def remainder(self, values: Tensor, rounding: float = 0.0) -> Tensor:
         """What the coefficients beyond the grid add (g,): the last four along each axis, continued as they fall off."""
         coefficients = values.view(len(values), *self.sizes)
         for axis, inverse in enumerate(self.inverses, start=1):
             coefficients = torch.tensordot(coefficients, inverse, dims=([axis], [1])).movedim(-1, axis)
-        size, total = coefficients.abs(), values.new_zeros(len(values))
+        size, total = (coefficients.abs() - rounding).clamp(min=0), values.new_zeros(len(values))
         for axis, count in enumerate(self.sizes, start=1):
             if count > 1:
                 before, last, end = (
