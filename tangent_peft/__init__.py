@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from tangent_peft.tuner import LoraExport as LoraExport
+from tangent_peft.tuner import MergedExport as MergedExport
 from tangent_peft.tuner import TangentConfig as TangentConfig
 from tangent_peft.tuner import TangentModel as TangentModel
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["LoraExport", "TangentConfig", "TangentDPOConfig", "TangentDPOTrainer", "TangentModel"]
+__all__ = ["LoraExport", "MergedExport", "TangentConfig", "TangentDPOConfig", "TangentDPOTrainer", "TangentModel"]
 
 _LAZY = {"TangentDPOConfig": "tangent_peft.train", "TangentDPOTrainer": "tangent_peft.train"}
 

@@ -30,13 +30,13 @@ BELOW: dict[str, set[str]] = {
     PACKAGE: {"train", "evaluate", "diagnose", "tuner", "forward"},  # the package's own __init__
 }
 
-EXTRAS = {"trl", "datasets", "matplotlib", "moocore", "scipy", "rich", "gguf"}
+EXTRAS = {"trl", "datasets", "matplotlib", "moocore", "scipy", "rich", "gguf", "gradio"}
 STRANGERS: dict[str, set[str]] = {
     "forward": EXTRAS | {"peft"},
     "tuner": EXTRAS,  # a base install has none of them
-    "train": set(),
-    "evaluate": {"trl"},
-    "diagnose": {"trl"},
+    "train": {"gradio"},
+    "evaluate": {"trl", "gradio"},
+    "diagnose": {"trl", "gradio"},
     "cli": set(),
     PACKAGE: EXTRAS,
 }

@@ -194,7 +194,7 @@ def evaluate_axes(evaluation: str, options: QuickstartOptions) -> dict[str, Any]
     result: dict[str, Any] = {"logps": _logps(model, tokenizer, evaluation, options, step)}
     result["sweep"] = _sweep(model, tokenizer, evaluation, options, step)
     if merged:
-        result["gaps"] = _gaps(model, tokenizer, options, step)
+        result["gaps"] = _gaps(model, tokenizer, step)
     return {**result, "peak_memory_gb": peak_memory_gb()}
 
 
@@ -249,17 +249,19 @@ def questions(options: QuickstartOptions) -> list[str]:
     return list(dict.fromkeys(asked))[: options.prompts]
 
 
-def _gaps(
-    model: Any, tokenizer: PreTrainedTokenizerBase, options: QuickstartOptions, step: Callable[[], None]
-) -> dict[float, float]:
-    """The linearity gap by λ_verb, on four held-out questions with their chosen answers."""
-    from tangent_peft.diagnose import linearity_gap
-
+def calibration_batches(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
+    """Four held-out questions with their chosen answers, to measure linearity gaps on."""
     rows = {row["prompt"][0]["content"]: row for row in quickstart_pairs("verb", "heldout")}
     chats = [[*row["prompt"], *row["chosen"]] for row in list(rows.values())[:4]]
     texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
-    batches = [tokenizer(text, return_tensors="pt", add_special_tokens=False) for text in texts]
-    gaps = {}
+    return [tokenizer(text, return_tensors="pt", add_special_tokens=False) for text in texts]
+
+
+def _gaps(model: Any, tokenizer: PreTrainedTokenizerBase, step: Callable[[], None]) -> dict[float, float]:
+    """The linearity gap by λ_verb."""
+    from tangent_peft.diagnose import linearity_gap
+
+    batches, gaps = calibration_batches(tokenizer), {}
     for weight in LAMBDAS:
         with model.axes(verb=weight):
             gaps[weight] = linearity_gap(model, batches).gap

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tangent_peft import __version__
+from tangent_peft.cli.demo_options import add_demo
+from tangent_peft.cli.export_options import add_export
 from tangent_peft.cli.plan_options import add_plan
 
 
@@ -56,7 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     quickstart.add_argument("--seed", type=int, default=0, help="random seed (default: %(default)s)")
     quickstart.set_defaults(run=_quickstart)
+    add_demo(commands)
     add_plan(commands)
+    add_export(commands)
     recipes = commands.add_parser("recipes", help="list the packaged recipes, or print the path of one")
     recipes.add_argument("name", nargs="?", help="print the path of this one")
     recipes.set_defaults(run=_recipes)

@@ -14,7 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -46,6 +46,7 @@ def run_quickstart(options: QuickstartOptions, console: Console | None = None) -
     """
     _require()
     from tangent_peft.cli import tables
+    from tangent_peft.evaluate import save_sweep
 
     console = Console() if console is None else console
     jobs.prepare_worker(torch.get_num_threads())
@@ -63,6 +64,7 @@ def run_quickstart(options: QuickstartOptions, console: Console | None = None) -
     tables.print_accuracy(console, report)
     tables.print_sweep(console, report, jobs.questions(options)[0])
     tables.draw(report, options.output / "pareto.png")
+    save_sweep(options.output / "sweep.json", tables.sweep_points(report), jobs.questions(options), tables.SCORES)
     begun = time.perf_counter()
     _export(options, report, console)
     report.seconds["export"] = time.perf_counter() - begun
@@ -158,15 +160,16 @@ def _collect(report: QuickstartReport, evaluated: dict[str, Any]) -> None:
     gaps = evaluated["merged"]["gaps"]
     for name in ("linearized", "merged"):
         points = evaluated[name]["sweep"]
-        report.sweep += [{**point.to_dict(), "gap": gaps[point.weights["verb"]]} for point in points]
+        report.sweep += [replace(point, gap=gaps[point.weights["verb"]]).to_dict() for point in points]
         report.kendall_tau[name] = float(kendalltau(LAMBDAS, [point.scores["length"] for point in points]).statistic)
 
 
 def _export(options: QuickstartOptions, report: QuickstartReport, console: Console) -> None:
     model, tokenizer = jobs.load_axes(options)
-    model.export_merged(options.output / "merged", EXPORTED, tokenizer)
+    how = {"overwrite": True, "calibration": jobs.calibration_batches(tokenizer)}
+    model.export_merged(options.output / "merged", EXPORTED, tokenizer, **how)
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # said in the line printed below
-        exported = model.export_lora(options.output / "lora", EXPORTED)
+        exported = model.export_lora(options.output / "lora", EXPORTED, **how)
     report.lora = {"weights": EXPORTED, "rank": exported.rank, "relative_error": exported.relative_error}
     console.print(
         f"exported {EXPORTED} as an ordinary model and as a LoRA of rank {exported.rank}; the head is tied, so load "

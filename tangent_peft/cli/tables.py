@@ -11,6 +11,12 @@ from tangent_peft.cli.report import QuickstartReport
 from tangent_peft.evaluate import SweepPoint, plot_fronts
 
 
+SCORES = {
+    "coverage": "help: share of the question's words taken up",
+    "length": "verb: answer length (tokens)",
+}
+
+
 def print_accuracy(console: Console, report: QuickstartReport) -> None:
     """What each axis learned, on held-out pairs."""
     pairs = report.accuracy["help"]["base"]["pairs"]
@@ -49,6 +55,10 @@ def print_sweep(console: Console, report: QuickstartReport, question: str) -> No
 
 def draw(report: QuickstartReport, path: Path) -> None:
     """The sweep as a picture: coverage against length, both evaluations."""
-    points = [SweepPoint(**{name: entry[name] for name in SweepPoint.__dataclass_fields__}) for entry in report.sweep]
-    labels = ("help: share of the question's words taken up", "verb: answer length (tokens)")
-    plot_fronts(points, "coverage", "length", path, labels)
+    labels = (SCORES["coverage"], SCORES["length"])
+    plot_fronts(sweep_points(report), "coverage", "length", path, labels)
+
+
+def sweep_points(report: QuickstartReport) -> list[SweepPoint]:
+    """The report's sweep, as `sweep` returned it."""
+    return [SweepPoint(**entry) for entry in report.sweep]

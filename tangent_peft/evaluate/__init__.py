@@ -13,3 +13,6 @@ from tangent_peft.evaluate.scorers import question_coverage as question_coverage
 from tangent_peft.evaluate.sweep import SweepPoint as SweepPoint
 from tangent_peft.evaluate.sweep import generate_answers as generate_answers
 from tangent_peft.evaluate.sweep import sweep as sweep
+from tangent_peft.evaluate.sweep_file import SavedSweep as SavedSweep
+from tangent_peft.evaluate.sweep_file import load_sweep as load_sweep
+from tangent_peft.evaluate.sweep_file import save_sweep as save_sweep

@@ -31,6 +31,7 @@ class SweepPoint:
         scores: mean score over the prompts, by scorer; `"length"` is the mean of `lengths`.
         answers: one answer per prompt.
         lengths: tokens generated for each answer before it ended, the limit for one that was cut off.
+        gap: the linearity gap of the mix, if it was measured.
     """
 
     weights: dict[str, float]
@@ -38,6 +39,7 @@ class SweepPoint:
     scores: dict[str, float]
     answers: list[str]
     lengths: list[int]
+    gap: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values for JSON."""

@@ -15,6 +15,8 @@ from tangent_peft.forward.level import dual as dual
 from tangent_peft.forward.level import join as join
 from tangent_peft.forward.level import split as split
 from tangent_peft.forward.opaque import OpaqueLinear as OpaqueLinear
+from tangent_peft.forward.products import both_products as both_products
+from tangent_peft.forward.products import can_join_products as can_join_products
 from tangent_peft.forward.sharding import call_within as call_within
 from tangent_peft.forward.sharding import full_shape as full_shape
 from tangent_peft.forward.sharding import gathered as gathered

@@ -45,7 +45,7 @@ _PACKING = ("cu_seq_lens_q", "cu_seq_lens_k")  # where each sequence of a packed
 def derive_attention(opened: LinearizedPass) -> None:
     """Dispatches the attention of `opened.root` to `tangent_attention` until the pass closes."""
     own_call = False
-    for config, through_interface in attention_configs(opened.modules):
+    for config, through_interface in attention_configs(opened.structure.select(has_config)):
         chosen = config._attn_implementation
         if chosen in (None, "eager", NAME):
             continue
@@ -56,7 +56,7 @@ def derive_attention(opened: LinearizedPass) -> None:
         opened.primal_attention[id(config)] = chosen
         config._attn_implementation_internal = NAME
         opened.contexts.callback(_restore, config, chosen)
-    torch_attention = any(isinstance(module, nn.MultiheadAttention) for module in opened.modules)
+    torch_attention = bool(opened.structure.select(_is_torch_attention))
     if torch_attention and torch.backends.mha.get_fastpath_enabled():  # fused layers without a derivative
         opened.contexts.callback(torch.backends.mha.set_fastpath_enabled, True)
         torch.backends.mha.set_fastpath_enabled(False)
@@ -64,11 +64,15 @@ def derive_attention(opened: LinearizedPass) -> None:
         opened.modes.enter_context(SdpaDerivative())
 
 
+def _is_torch_attention(module: nn.Module) -> bool:
+    return isinstance(module, nn.MultiheadAttention)
+
+
 def _calls_kernels(opened: LinearizedPass) -> bool:
     """Whether there may be calls of `F.scaled_dot_product_attention` past transformers' interface."""
     if not isinstance(opened.root, PreTrainedModel):
         return True
-    return any(type(module).__module__.startswith("timm.") for module in opened.modules)
+    return any(home.startswith("timm.") for home in opened.structure.homes)
 
 
 def attention_configs(modules: Iterable[nn.Module]) -> list[tuple[Any, bool]]:
@@ -79,7 +83,7 @@ def attention_configs(modules: Iterable[nn.Module]) -> list[tuple[Any, bool]]:
     configs: dict[int, Any] = {}
     own: dict[int, bool] = {}
     for module in modules:
-        if not _has_config(module):
+        if not has_config(module):
             continue
         key = id(module.config)
         configs[key] = module.config
@@ -106,7 +110,8 @@ def check_attention(chosen: str, through_interface: bool) -> None:
         raise NotImplementedError(_OWN_KERNEL.format(chosen))
 
 
-def _has_config(module: nn.Module) -> bool:
+def has_config(module: nn.Module) -> bool:
+    """Whether the module has a config of transformers, which may name its attention."""
     return isinstance(vars(module).get("config"), PreTrainedConfig)
 
 

@@ -92,19 +92,25 @@ def tangent_by_chunks(
     dq, dk, dv = tangents
     chunks = []
     for rows, keys in _chunks(q, k, shape):
-        weights, slope = _weights(q[:, :, rows], k[:, :, keys], mask, sinks, shape, rows, keys)
-        from_query = None if dq is None else _group(dq[:, :, rows], k) @ k[:, :, keys].mT
-        from_key = None if dk is None else _group(q[:, :, rows], k) @ dk[:, :, keys].mT
+        q_t, k_s, v_s = _cut(q, rows), _cut(k, keys), _cut(v, keys)
+        weights, slope = _weights(q_t, k_s, mask, sinks, shape, rows, keys)
+        from_query = None if dq is None else _group(_cut(dq, rows), k) @ k_s.mT
+        from_key = None if dk is None else _group(q_t, k) @ _cut(dk, keys).mT
         scores = _plus(from_query, from_key)
         result = None
         if scores is not None:
             weighted = weights * _per_query(scores * shape.scale, weights)
             weighted = weighted if slope is None else weighted * slope
             row_sums = weighted.sum(-1, keepdim=True)
-            result = _flat(weighted) @ v[:, :, keys] - _flat(row_sums) * _group(out[:, :, rows], k)
-        result = _plus(result, None if dv is None else _flat(weights) @ dv[:, :, keys])
-        chunks.append(result.view(*q[:, :, rows].shape[:3], v.shape[-1]))
-    return torch.cat(chunks, dim=2)
+            result = _flat(weighted) @ v_s - _flat(row_sums) * _group(_cut(out, rows), k)
+        result = _plus(result, None if dv is None else _flat(weights) @ _cut(dv, keys))
+        chunks.append(result.view(*q_t.shape[:3], v.shape[-1]))
+    return chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim=2)
+
+
+def _cut(x: Tensor, part: slice) -> Tensor:
+    """Some queries or keys of x (B, H or K, T or S, E); x itself where these are all, as in decoding."""
+    return x if part == slice(0, x.shape[2]) else x[:, :, part]
 
 
 def _plus(left: Tensor | None, right: Tensor | None) -> Any:

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from tangent_peft.forward.attention import derive_attention
 from tangent_peft.forward.cache import refuse_lost_tangents, reveal_cross_attention
@@ -39,11 +38,14 @@ from tangent_peft.forward.level import (
     split,
 )
 from tangent_peft.forward.losses import asks_for_loss, join_at_losses, refuse_linearized_loss
+from tangent_peft.forward.norms import derive_norms
 from tangent_peft.forward.opaque import OpaqueLinear
 from tangent_peft.forward.randomness import random_state, refuse_randomness
 from tangent_peft.forward.replay import replay_blocks, replayable_blocks
+from tangent_peft.forward.rotary import derive_rotations
 from tangent_peft.forward.rules import carry_through_engines, derive_host_code
-from tangent_peft.forward.support import refuse_hub_kernels
+from tangent_peft.forward.structure import Structure
+from tangent_peft.forward.support import is_model, refuse_hub_kernels
 
 
 class LinearizedForward:
@@ -60,6 +62,7 @@ class LinearizedForward:
     ) -> None:
         self.root, self.carriers = root, list(carriers)
         self._forced: Gradient | None = None
+        self._structure: Structure | None = None
         head = find_head(root)
         self.guarded = [carrier for carrier in self.carriers if carrier is head]
         exit_ = find_exit(root, set(self.carriers))
@@ -90,8 +93,13 @@ class LinearizedForward:
 
     def mix(self) -> Hashable | None:
         """The tangents of the next pass, or `None` if it will be an ordinary one."""
-        mixes = frozenset(mix for carrier in self.carriers if (mix := carrier.tangent_mix()) is not None)
-        return mixes or None
+        return self._look()[0]
+
+    def _look(self) -> tuple[Hashable | None, list[TangentCarrier]]:
+        """The tangents of the next pass, and the carriers that have none."""
+        mixes = [carrier.tangent_mix() for carrier in self.carriers]
+        without = [carrier for carrier, mix in zip(self.carriers, mixes, strict=True) if mix is None]
+        return frozenset(mix for mix in mixes if mix is not None) or None, without
 
     def _open(self, root: nn.Module, args: Any, kwargs: Any) -> None:
         close_interrupted_pass()
@@ -99,20 +107,24 @@ class LinearizedForward:
         if running is not None and running.root is root:
             running.depth += 1  # the root calls itself: still the same pass
             return
-        mix = self.mix()
+        mix, without = self._look()
         if mix is None:
             self._guard(True)
             return
         refuse_compilation(root)
-        self._check(root)
-        opened = open_pass(root, mix, caller=sys._getframe(1))
+        _refuse_additive(without)
+        self._structure = Structure.of(root, self._structure)
+        opened = open_pass(root, mix, sys._getframe(1), self._structure)
         self._guard(True)  # not before: the pass of another thread that just ended took it away
         try:
             refuse_hub_kernels(opened)
             derive_attention(opened)
             derive_host_code(opened)
+            derive_norms(opened)
+            derive_rotations(opened)
             derive_experts(opened)
-            replay_blocks(opened, self._gradient(), self._forced is None, kwargs)
+            if root.training:  # transformers checkpoints in train mode only
+                replay_blocks(opened, self._gradient(), self._forced is None, kwargs)
             freeze_input(opened)
             carry_through_engines(opened)
             if root.training and torch.is_grad_enabled():
@@ -123,14 +135,6 @@ class LinearizedForward:
         except BaseException:
             close_pass(opened)
             raise
-
-    def _check(self, root: nn.Module) -> None:
-        if any(carrier.is_additive() for carrier in self.carriers):
-            raise ValueError(
-                "Some active axes are linearized and others (linearize=False) add their weights; f_lin is the "
-                "expansion at the frozen weights and can not mix the two. Activate one kind, or evaluate all of them "
-                "as weights inside `with model.linearized(False):`."
-            )
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
@@ -175,6 +179,16 @@ class LinearizedForward:
             close_pass(running)
 
 
+def _refuse_additive(without: list[TangentCarrier]) -> None:
+    """Refuses to linearize in some carriers while in others, those without a tangent, axes add their weights."""
+    if any(carrier.is_additive() for carrier in without):
+        raise ValueError(
+            "Some active axes are linearized and others (linearize=False) add their weights; f_lin is the "
+            "expansion at the frozen weights and can not mix the two. Activate one kind, or evaluate all of them "
+            "as weights inside `with model.linearized(False):`."
+        )
+
+
 def _device(root: nn.Module) -> str:
     return next((p.device.type for p in root.parameters()), "cpu")
 
@@ -187,7 +201,7 @@ def freeze_input(opened: LinearizedPass) -> None:
     """
     if not torch.is_grad_enabled():
         return
-    for model in [module for module in opened.modules if isinstance(module, PreTrainedModel)]:
+    for model in opened.structure.select(is_model):
         try:
             embedding = model.get_input_embeddings()
         except NotImplementedError:  # as in `enable_input_require_grads`, which asks every model inside as well

@@ -69,8 +69,9 @@ def derive_experts(opened: LinearizedPass) -> None:
     Raises:
         NotImplementedError: for an implementation without a derivative.
     """
-    check_experts(opened.modules)
-    configs: dict[int, Any] = {id(m.config): m.config for m in opened.modules if is_fused_experts(m)}
+    experts = opened.structure.select(is_fused_experts)
+    check_experts(experts)
+    configs: dict[int, Any] = {id(module.config): module.config for module in experts}
     for config in configs.values():
         if config._experts_implementation == GROUPED:
             config._experts_implementation_internal = NAME

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from tangent_peft.forward.structure import Structure
+
 
 TURN_TIMEOUT_S = 600.0  # a thread that waits longer for another's pass waits for a thread that waits for it
 _POLL_S = 0.05  # how often a waiting thread looks whether the pass it waits for was interrupted
@@ -32,7 +34,7 @@ class LinearizedPass:
     Attributes:
         root: the module whose call opened the pass.
         mix: identity of the tangents of this pass; equal mixes may share a key/value cache.
-        modules: those of `root`, found once for all who look through them.
+        structure: the modules of `root`, found once for all who look through them.
         primal_attention: the attention implementation the user chose, by `id` of the model config that names it.
         hidden: primal and tangent (B, T, D) of the backbone's last hidden state, if the tangent ended there.
         random_state: state of the random generator when a training forward began, which must draw nothing.
@@ -45,7 +47,7 @@ class LinearizedPass:
 
     root: nn.Module
     mix: Hashable
-    modules: list[nn.Module] = field(init=False)
+    structure: Structure
     primal_attention: dict[int, str] = field(default_factory=dict)
     hidden: tuple[Tensor, Tensor | None] | None = None
     random_state: Tensor | None = None
@@ -54,9 +56,6 @@ class LinearizedPass:
     modes: ExitStack = field(default_factory=ExitStack)
     caller: FrameType | None = None
     thread: threading.Thread = field(default_factory=threading.current_thread)
-
-    def __post_init__(self) -> None:
-        self.modules = list(self.root.modules())
 
     def is_running(self) -> bool:
         """Whether the call that opened the pass has not ended yet."""
@@ -70,6 +69,7 @@ class LinearizedPass:
         return frame is not None
 
 
+_ZERO = torch.zeros(())
 _open_pass: LinearizedPass | None = None
 _turn = threading.Condition()  # held while `_open_pass` changes, notified when a pass closes
 _abandoned: list[ExitStack] = []  # modes that an exception has undone already: even dropping them would undo them again
@@ -107,19 +107,22 @@ def _await_turn(root: nn.Module) -> None:
         close_interrupted_pass()
 
 
-def open_pass(root: nn.Module, mix: Hashable, caller: FrameType | None = None) -> LinearizedPass:
+def open_pass(
+    root: nn.Module, mix: Hashable, caller: FrameType | None = None, structure: Structure | None = None
+) -> LinearizedPass:
     """Enters a dual level for a forward of `root`, once no other thread has one open.
 
     Args:
         root: the module whose call is the pass.
         mix: identity of its tangents.
         caller: the frame of that call; the caller of this function by default.
+        structure: the modules of `root`; found anew by default.
 
     Raises:
         RuntimeError: if a dual level is open already; PyTorch does not nest them.
     """
     global _open_pass
-    opened = LinearizedPass(root, mix, caller=caller or sys._getframe(1))
+    opened = LinearizedPass(root, mix, structure or Structure.of(root), caller=caller or sys._getframe(1))
     with _turn:
         _await_turn(root)
         if _open_pass is not None:
@@ -174,6 +177,7 @@ def _enter(opened: LinearizedPass) -> None:
         opened.modes.enter_context(torch.no_grad())
     try:
         opened.contexts.enter_context(forward_ad.dual_level())
+        forward_ad.make_dual(_ZERO, _ZERO)  # loads the derivatives that torch has in Python
     except RuntimeError as error:
         raise RuntimeError(
             f"{type(opened.root).__name__} is linearized, so its forward opens a level of torch.autograd.forward_ad, "
@@ -194,9 +198,16 @@ def close_pass(opened: LinearizedPass) -> None:
             _turn.notify_all()
 
 
+# What `forward_ad.unpack_dual` and `make_dual` call, after imports and look-ups that take several times as long. A
+# decoding step calls them hundreds of times.
+_LEVEL = 0  # PyTorch does not nest dual levels
+
+
 def split(x: Tensor) -> tuple[Tensor, Tensor | None]:
     """Primal and tangent of `x`; the tangent is `None` where `x` carries none."""
-    primal, tangent = forward_ad.unpack_dual(x)
+    if forward_ad._current_level < 0:
+        return x, None
+    primal, tangent = torch._unpack_dual(x, level=_LEVEL)
     return primal, tangent
 
 
@@ -204,7 +215,7 @@ def dual(primal: Tensor, tangent: Tensor | None) -> Tensor:
     """The dual tensor of `primal` and `tangent`, which takes the primal's dtype; the primal itself for `None`."""
     if tangent is None:
         return primal
-    return forward_ad.make_dual(primal, tangent.to(primal.dtype))
+    return torch._make_dual(primal, tangent.to(primal.dtype), level=_LEVEL)
 
 
 def join(x: Tensor) -> Tensor:

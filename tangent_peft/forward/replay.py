@@ -275,12 +275,11 @@ def replay_blocks(opened: LinearizedPass, gradient: Gradient, strict: bool, opti
         ValueError: if what is asked for contradicts the checkpointing, or the model has no blocks to replay.
     """
     root = opened.root
-    if not root.training:  # transformers checkpoints in train mode only
-        return
     differentiated = torch.is_grad_enabled()
     wanted = gradient == "replay" and differentiated
-    enabled = {m for m in opened.modules if vars(m).get("gradient_checkpointing", False)}
-    replayed = [block for block in _replayable(opened.modules) if wanted or block in enabled]
+    modules = opened.structure.modules
+    enabled = {m for m in modules if vars(m).get("gradient_checkpointing", False)}
+    replayed = [block for block in _replayable(modules) if wanted or block in enabled]
     if not replayed and (enabled or wanted):
         raise ValueError(
             f"{type(root).__name__} has no block that derives from transformers' GradientCheckpointingLayer: there is "

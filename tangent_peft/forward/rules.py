@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from tangent_peft.forward.level import LinearizedPass, dual, map_tensors, split
-from tangent_peft.forward.sharding import fsdp_modules, has_zero3_hooks
+from tangent_peft.forward.sharding import has_zero3_hooks, is_fsdp_module
 
 
 # ---- Functions of transformers' models -------------------------------------------------------------------------------
@@ -54,12 +54,12 @@ FUNCTIONS = {("transformers.models.bloom.modeling_bloom", "GeLUFunction"): _Rule
 
 def derive_host_code(opened: LinearizedPass) -> None:
     """Puts what can be differentiated in the place of what modules of `opened.root` call, until the pass closes."""
-    homes = {type(module).__module__ for module in opened.modules}
+    homes = opened.structure.homes
     _derive_functions(opened, homes)
     _derive_kernels(opened, homes)
 
 
-def _derive_functions(opened: LinearizedPass, homes: set[str]) -> None:
+def _derive_functions(opened: LinearizedPass, homes: Set[str]) -> None:
     for (home, name), rule in FUNCTIONS.items():
         if home in homes:
             namespace = vars(sys.modules[home])
@@ -88,7 +88,7 @@ KERNELS = frozenset(
 )
 
 
-def _derive_kernels(opened: LinearizedPass, homes: set[str]) -> None:
+def _derive_kernels(opened: LinearizedPass, homes: Set[str]) -> None:
     """Puts transformers' reference implementations in their place."""
     for home in homes:
         if not home.startswith("transformers.models."):
@@ -105,14 +105,14 @@ def _derive_kernels(opened: LinearizedPass, homes: set[str]) -> None:
 def carry_through_engines(opened: LinearizedPass) -> None:
     """Lets tangents pass the hooks of the engine that shards `opened.root`, if there is one, until the pass closes."""
     if has_zero3_hooks(opened.root):
-        for module in opened.modules:
+        for module in opened.structure.modules:
             for name in _ZERO3_FUNCTIONS:
                 if name in vars(module):
                     _give_identity_jvp(vars(module)[name])
         linear = sys.modules.get("deepspeed.runtime.zero.linear")
         if linear is not None:
             _give_linear_jvp(vars(linear)["LinearFunctionForZeroStage3"])
-    for module in fsdp_modules(opened.modules):
+    for module in opened.structure.select(is_fsdp_module):
         opened.contexts.callback(module.register_forward_pre_hook(_hook_entering, with_kwargs=True).remove)
         opened.contexts.callback(module.register_forward_hook(_hook_leaving).remove)
 

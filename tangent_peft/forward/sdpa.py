@@ -15,6 +15,7 @@ Letters: B batch, T queries, S keys, H heads, K key/value heads, E head size.
 from __future__ import annotations
 
 import inspect
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -99,10 +100,13 @@ def attention_tangent(
     dtype = autocast_dtype(device) or primals[0].dtype
     tangents = tuple(None if t is None else t.to(dtype) for t in tangents)
     primals = tuple(x.to(dtype) for x in primals)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in primals):
-        # A weight below the tangent trains as well: its gradient passes through the primal, so autograd records all.
-        with torch.autocast(device, enabled=False):
-            return tangent_by_chunks(primals, tangents, mask, sinks, shape)
-    if can_flash(primals[0], primals[2]):
-        return flash_tangent(primals, tangents, mask, sinks, shape)
-    return AttentionTangent.apply(*primals, *tangents, mask, sinks, shape)
+    recorded = torch.is_grad_enabled()
+    if not (recorded and any(x.requires_grad for x in primals)):
+        if can_flash(primals[0], primals[2]):
+            return flash_tangent(primals, tangents, mask, sinks, shape)
+        if recorded:
+            return AttentionTangent.apply(*primals, *tangents, mask, sinks, shape)
+    # Nothing is recorded; or a weight below the tangent trains as well: its gradient passes through the primal, so
+    # autograd records all.
+    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+        return tangent_by_chunks(primals, tangents, mask, sinks, shape)

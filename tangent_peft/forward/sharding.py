@@ -47,12 +47,15 @@ def whole(x: Tensor) -> Tensor:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
+def is_fsdp_module(module: nn.Module) -> bool:
+    """Whether FSDP2 shards this module as a unit: it then gave it another class."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, vars(fsdp)["FSDPModule"])
+
+
 def fsdp_modules(modules: Iterable[nn.Module]) -> list[Any]:
     """The modules that FSDP2 shards as units; none as long as nobody has imported it."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None:
-        return []
-    return [module for module in modules if isinstance(module, vars(fsdp)["FSDPModule"])]
+    return [module for module in modules if is_fsdp_module(module)]
 
 
 def leaf_that_gets_gradients(root: nn.Module) -> Callable[[nn.Parameter], nn.Parameter]:

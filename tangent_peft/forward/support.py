@@ -126,6 +126,11 @@ def _refusals(module: nn.Module) -> Iterator[Refusal]:
         yield LIGER
 
 
+def is_model(module: nn.Module) -> bool:
+    """Whether the module is a model of transformers."""
+    return isinstance(module, PreTrainedModel)
+
+
 def _has_hub_kernels(module: nn.Module) -> bool:
     return isinstance(module, PreTrainedModel) and module.use_kernels
 
@@ -136,7 +141,7 @@ def refuse_hub_kernels(opened: LinearizedPass) -> None:
     Raises:
         NotImplementedError: as `check_support`.
     """
-    if any(map(_has_hub_kernels, opened.modules)):
+    if any(map(_has_hub_kernels, opened.structure.select(is_model))):
         raise NotImplementedError(
             f"{type(opened.root).__name__} runs on kernels from the hub: {HUB_KERNELS.reason}. Instead, "
             f"{HUB_KERNELS.remedy}."

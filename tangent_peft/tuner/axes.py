@@ -18,7 +18,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from tangent_peft.tuner.layer import TangentLayer
-from tangent_peft.tuner.live import LiveMix, Weight
+from tangent_peft.tuner.live import LiveMix, Rows, Weight
 
 
 if TYPE_CHECKING:
@@ -142,8 +142,8 @@ def activate(tuner: AxisVerbs, weights: Mapping[str, float]) -> None:
     switch(tuner, checked)
 
 
-def switch(tuner: AxisVerbs, weights: Mapping[str, Weight]) -> None:
-    """Makes a checked mix the active one.
+def switch(tuner: AxisVerbs, weights: Mapping[str, Weight], rows: Rows | None = None) -> None:
+    """Makes a checked mix the active one; with `rows`, one in which every row has its own.
 
     All layers read the same λ, so this takes as long for a large model as for a small one, unless something has to be
     frozen or switched first at every layer: axes that train, modules that axes keep.
@@ -154,6 +154,7 @@ def switch(tuner: AxisVerbs, weights: Mapping[str, Weight]) -> None:
     else:
         set_active(tuner, list(weights), inference_mode=True)
     live.set_weights(weights)
+    live.rows = rows
 
 
 def is_light(tuner: AxisVerbs) -> bool:

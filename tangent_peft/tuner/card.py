@@ -1,4 +1,8 @@
-"""What a saved axis says about itself: the model card's paragraph on how to load it."""
+"""What a saved axis says about itself: the model card's paragraph on how to load it.
+
+`PeftModel.push_to_hub` writes a card of its own over the README.md of what it saved (transformers 5), so the same text
+also goes into a file of its own, `LOADING.md`.
+"""
 
 from __future__ import annotations
 
@@ -27,14 +31,15 @@ The model then runs linearized. `model.combine_axes({{"default": 0.5}})` sets th
 
 
 def write_usage_note(directory: Path, subfolder: str | None = None) -> None:
-    """Appends the loading instructions to the directory's README.md, once.
+    """Appends the loading instructions to the directory's README.md, once, and writes them into LOADING.md.
 
     Args:
         directory: where the README is.
         subfolder: where in it the axis is, if not in the directory itself.
     """
-    readme = directory / "README.md"
+    path = "this-directory" if subfolder is None else f"this-directory/{subfolder}"
+    readme, note = directory / "README.md", _NOTE.format(mark=_MARK, path=path)
     text = readme.read_text(encoding="utf-8") if readme.is_file() else "---\nlibrary_name: peft\n---\n"
     if _MARK not in text:
-        path = "this-directory" if subfolder is None else f"this-directory/{subfolder}"
-        readme.write_text(text + _NOTE.format(mark=_MARK, path=path), encoding="utf-8")
+        readme.write_text(text + note, encoding="utf-8")
+    (directory / "LOADING.md").write_text(note.lstrip(), encoding="utf-8")

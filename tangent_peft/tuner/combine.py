@@ -25,6 +25,7 @@ from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, ties
 from torch import Tensor
 
 from tangent_peft.tuner.axes import check_weights, tangent_layers
+from tangent_peft.tuner.decompose import decompose
 from tangent_peft.tuner.layer import TangentLayer
 from tangent_peft.tuner.stored import add_axis, check_sources, common_seed, concatenated, summed
 from tangent_peft.tuner.weights import TangentFactors
@@ -234,26 +235,17 @@ def truncated(factors: TangentFactors, rank: int, how: Combination) -> TangentFa
 
     Factors of that rank or less are returned as they are, unless they are to be clamped.
     """
-    if factors.a is not None and factors.a.shape[-2] <= rank and how.svd_clamp is None:
-        return factors
-    if factors.a is not None and factors.b is not None and how.svd_clamp is None:
-        # ΔW = B·A with Aᵀ = Q·L, so ΔW = (B·Lᵀ)·Qᵀ, and the singular values of B·Lᵀ are those of ΔW.
-        q, triangle = torch.linalg.qr(_at_least_single(factors.a).mT)
-        u, s, vh = _svd(_at_least_single(factors.b) @ triangle.mT, how)
-        vh = vh @ q.mT
-    else:
-        u, s, vh = _svd(_at_least_single(factors.product()), how)
-    b, a = u[..., :rank] * s[..., None, :rank], vh[..., :rank, :]
-    return TangentFactors(b=b, a=a) if how.svd_clamp is None else _clamped(b, a, how.svd_clamp)
-
-
-def _svd(x: Tensor, how: Combination) -> tuple[Tensor, Tensor, Tensor]:
-    if how.svd_driver is not None and x.device.type != "cuda":
+    if how.svd_driver is not None and (device := factors.device).type != "cuda":
         raise ValueError(
-            f"svd_driver={how.svd_driver!r} is a choice of cuSOLVER's, for tensors on CUDA; these are on {x.device}. "
+            f"svd_driver={how.svd_driver!r} is a choice of cuSOLVER's, for tensors on CUDA; these are on {device}. "
             "Leave it out."
         )
-    return torch.linalg.svd(x, full_matrices=False, driver=how.svd_driver)
+    if how.svd_clamp is not None:  # of the singular vectors
+        return _clamped(*decompose(TangentFactors(dense=factors.product()), rank, how.svd_driver), how.svd_clamp)
+    if factors.a is not None and factors.a.shape[-2] <= rank:
+        return factors
+    b, a = decompose(factors, rank, how.svd_driver)
+    return TangentFactors(b=b, a=a)
 
 
 def _clamped(b: Tensor, a: Tensor, quantile: float) -> TangentFactors:
@@ -266,8 +258,3 @@ def _clamped(b: Tensor, a: Tensor, quantile: float) -> TangentFactors:
             "leave nothing. Choose one nearer to 1, such as 0.99."
         )
     return TangentFactors(b=b.clamp(-bound, bound), a=a.clamp(-bound, bound))
-
-
-def _at_least_single(value: Tensor) -> Tensor:
-    """In float32, where it is of half precision: torch decomposes no such matrices."""
-    return value.to(torch.promote_types(value.dtype, torch.float32))

@@ -28,8 +28,12 @@ _HARMLESS = {
 }
 
 
+class WeightRead(RuntimeError):
+    """Something computed with a guarded weight."""
+
+
 class GuardedWeight(Tensor):
-    """Tells its dtype, device and shape; any operation on it raises `RuntimeError` with `refusal`."""
+    """Tells its dtype, device and shape; any operation on it raises `WeightRead` with `refusal`."""
 
     refusal: str
 
@@ -49,7 +53,7 @@ class GuardedWeight(Tensor):
         if func in _HARMLESS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
-        raise RuntimeError(next(x.refusal for x in _leaves(args, kwargs) if isinstance(x, GuardedWeight)))
+        raise WeightRead(next(x.refusal for x in _leaves(args, kwargs) if isinstance(x, GuardedWeight)))
 
 
 def _leaves(*trees: Any) -> Any:

@@ -17,7 +17,9 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from tangent_peft.forward import (
+    both_products,
     call_within,
+    can_join_products,
     current_pass,
     deposit,
     dual,
@@ -145,11 +147,18 @@ class TangentLayer(TangentHolder):
         """W x + b and W ẋ. Few rows, as in decoding, are bound by reading W: both are then one product."""
         if tangent is None:
             return self.base_layer(primal, *args, **kwargs), None
-        few = primal.numel() <= STACKED_ROWS * self.in_features and not self.is_hooked()
-        if few and self.bias is None and not torch.is_grad_enabled():
-            y, passed_on = self.base_layer(torch.cat([primal, tangent]), *args, **kwargs).chunk(2)
-            return y, passed_on
+        if primal.numel() <= STACKED_ROWS * self.in_features and not torch.is_grad_enabled():
+            weight = self._readable_weight()
+            if weight is not None and can_join_products(weight, self.bias):
+                return both_products(weight, primal, tangent, self.bias)
+            if self.bias is None and not self.is_hooked():
+                y, passed_on = self.base_layer(torch.cat([primal, tangent]), *args, **kwargs).chunk(2)
+                return y, passed_on
         return self.base_layer(primal, *args, **kwargs), self._linear_part(tangent)
+
+    def _readable_weight(self) -> Tensor | None:
+        """W (out, in), if calling the base layer does nothing but multiply by it and add its bias."""
+        return None
 
     def is_hooked(self) -> bool:
         """Whether someone has hooks on the base layer, such as a steering vector: they are for the primal alone.

@@ -48,6 +48,7 @@ def linearity_gap(model: torch.nn.Module, batches: Iterable[Mapping[str, Tensor]
 
     Raises:
         TypeError: if the model carries no tangent axes.
+        ValueError: if the batches hold no tokens.
     """
     tuner = tangent_tuner(model)
     weights = tuner.axis_weights
@@ -57,10 +58,10 @@ def linearity_gap(model: torch.nn.Module, batches: Iterable[Mapping[str, Tensor]
     model.eval()
     try:
         for inputs in batches:
-            real: Any = inputs["attention_mask"].bool() if "attention_mask" in inputs else inputs["input_ids"] >= 0
-            real = ... if "logits_to_keep" in inputs else real
             with tuner.linearized(True):
-                linear = model(**inputs, use_cache=False).logits[real]
+                linear = model(**inputs, use_cache=False).logits
+            real = _real_positions(inputs, linear)
+            linear = linear[real]
             with tuner.linearized(False):
                 merged = model(**inputs, use_cache=False).logits[real]
             with tuner.axes({}):
@@ -70,5 +71,14 @@ def linearity_gap(model: torch.nn.Module, batches: Iterable[Mapping[str, Tensor]
             tokens += base[..., 0].numel()
     finally:
         model.train(was_training)
+    if not tokens:
+        raise ValueError("The batches to measure the linearity gap on hold no tokens. Give at least one batch.")
     missed, moved, size = (float(value) ** 0.5 for value in sums)
     return LinearityGap(weights, missed / moved if moved else 0.0, moved / size if size else 0.0, tokens)
+
+
+def _real_positions(inputs: Mapping[str, Tensor], logits: Tensor) -> Any:
+    """An index of the logits (B, T, V) that are not of padding; all of those of a classifier (B, C)."""
+    if "logits_to_keep" in inputs or logits.ndim < 3:
+        return ...
+    return inputs["attention_mask"].bool() if "attention_mask" in inputs else inputs["input_ids"] >= 0

@@ -58,8 +58,7 @@ def mixed_rows(tuner: AxisVerbs, mixes: Sequence[Mapping[str, float]]) -> Iterat
     weights = row_weights(checked)
     axes.refuse_saved_modules(tuner, dict.fromkeys(weights, 1.0))
     with axes.preserved(tuner):
-        axes.switch(tuner, weights)
-        tuner.tangent_live.rows = Rows(len(checked))
+        axes.switch(tuner, weights, Rows(len(checked)))
         yield
 
 

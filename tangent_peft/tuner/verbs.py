@@ -9,12 +9,17 @@ from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from tangent_peft.tuner import algebra, axes, combine, export, rows, stored
+from tangent_peft.tuner import algebra, axes, combine, export_lora, export_merged, rows, stored
+from tangent_peft.tuner.calibration import CalibrationData
 from tangent_peft.tuner.combine import CombinationType, MajoritySign
 from tangent_peft.tuner.config import TangentConfig
+from tangent_peft.tuner.export_lora import Head, LoraOptions
+from tangent_peft.tuner.export_merged import MergedOptions, chosen_mix
 from tangent_peft.tuner.live import LiveMix
+from tangent_peft.tuner.record import LoraExport, MergedExport
+from tangent_peft.tuner.servers import Server
+from tangent_peft.tuner.tokenizer import Tokenizer
 
 
 class AxisVerbs(BaseTuner):
@@ -197,13 +202,76 @@ class AxisVerbs(BaseTuner):
         self,
         path: str | Path,
         weights: Mapping[str, float] | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-    ) -> None:
-        """Saves the ordinary network at θ(λ); see `tangent_peft.tuner.export.export_merged`."""
-        export.export_merged(self, Path(path), weights, tokenizer)
+        tokenizer: Tokenizer | None = None,
+        *,
+        max_shard_size: int | str = "5GB",
+        overwrite: bool = False,
+        calibration: CalibrationData = True,
+    ) -> MergedExport:
+        """Saves the network at θ(λ) as an ordinary transformers model; the model in memory is not changed.
+
+        The folder holds safetensors in the base's dtype, config, generation config, tokenizer, a model card and
+        `tangent_peft.json`. It appears complete or not at all. A quantized base is written dequantized, in the dtype of
+        its config: the very base that the axes were run on, plus their τ, without quantizing again.
+
+        Args:
+            path: folder to write.
+            weights: λ by axis; `None` exports the active mix.
+            tokenizer: tokenizer or processor to save beside the model; `None`: the one saved with the base, if it lies
+                on this machine.
+            max_shard_size: largest size of one weight file.
+            overwrite: replace an earlier export in `path`; no other folder is ever replaced.
+            calibration: batches of model inputs to measure the linearity gap on; `True`: a short sample of the base
+                model itself (4 rows of 32 tokens); `False`: not measured, for models on which that is too slow.
+
+        Returns:
+            What was written, with the gap; it prints, and has a `push_to_hub`.
+
+        Raises:
+            ValueError: if the base is not a transformers model, an axis keeps extra modules (`modules_to_save`), a
+                quantized layer can not be dequantized, or `calibration` has no tokens.
+            FileExistsError: if `path` is a file, or a folder with content that may not be replaced.
+        """
+        options = MergedOptions(tokenizer, max_shard_size, overwrite, calibration)
+        return export_merged.export_merged(self, Path(path), chosen_mix(self, weights), options)
 
     def export_lora(
-        self, path: str | Path, weights: Mapping[str, float] | None = None, rank: int | None = None
-    ) -> export.LoraExport:
-        """Saves θ(λ) − θ₀ as a plain LoRA; see `tangent_peft.tuner.export.export_lora`."""
-        return export.export_lora(self, Path(path), weights, rank)
+        self,
+        path: str | Path,
+        weights: Mapping[str, float] | None = None,
+        rank: int | float | None = None,
+        *,
+        head: Head = "keep",
+        server: Server | None = None,
+        overwrite: bool = False,
+        calibration: CalibrationData = True,
+    ) -> LoraExport:
+        """Saves θ(λ) − θ₀ as a plain LoRA that stock PEFT and LoRA servers load without this package.
+
+        Args:
+            path: folder to write.
+            weights: λ by axis; `None` exports the active mix.
+            rank: rank of the LoRA, or a share of the energy ‖ΔW‖² that every layer keeps at least, such as 0.95, as in
+                `peft.convert_to_lora`. `None`: the rank of the mix, exact, for low-rank axes; 16 for dense ones. A
+                smaller rank is the best approximation, by SVD. All layers get the same rank, padded with zeros.
+            head: what becomes of a tangent on the head or on the input embedding. `"keep"`: factors in the LoRA.
+                `"merge"`: a base model with that tangent in its weights, at this λ, is saved in `path/base`, and the
+                LoRA belongs on it. `"refuse"`: an error.
+            server: makes the LoRA ready for `"vllm"` (pads to a rank it serves), `"sglang"` or `"llama.cpp"`, and
+                refuses what that server would refuse or skip. `None`: stock PEFT.
+            overwrite: as of `export_merged`.
+            calibration: as of `export_merged`.
+
+        On a head or embedding that are tied to each other a kept tangent is right as an adapter, but stock PEFT's
+        `merge_and_unload` adds it to the other one as well; a warning says so, and `head="merge"` has no such limit.
+
+        Returns:
+            What was written: rank, relative error, gap; it prints, with vLLM's flags, and has a `push_to_hub`.
+
+        Raises:
+            ValueError: for an empty mix, a rank that is none, an axis that keeps extra modules, a rank or a layer that
+                the server does not take, `head="refuse"` with such a tangent, or `calibration` without tokens.
+            FileExistsError: as of `export_merged`.
+        """
+        options = LoraOptions(rank, head, server, overwrite, calibration)
+        return export_lora.export_lora(self, Path(path), chosen_mix(self, weights), options)

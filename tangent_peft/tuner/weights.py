@@ -52,6 +52,13 @@ class TangentFactors:
     b: Tensor | None = None
     a: Tensor | None = None
 
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        held = self.b if self.dense is None else self.dense
+        assert held is not None
+        return held.device
+
     def product(self) -> Tensor:
         """λ·ΔW (out, in), formed if it is low rank."""
         if self.dense is not None:

@@ -7,9 +7,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tangent_peft.cli.demo_loading import load_demo
+from tangent_peft.cli.demo_session import AskOptions
 from tangent_peft.cli.main import main
 from tangent_peft.cli.smollm2 import load_smollm2, quickstart_pairs
 
@@ -71,6 +74,11 @@ def test_small_quickstart(tmp_path: Path) -> None:
     for axis in ("help", "verb"):
         assert (output / "axes" / axis / "adapter_model.safetensors").is_file()
     assert report["lora"]["relative_error"] == 0.0
+    shown = load_demo([str(output / "axes")], sweep=output / "sweep.json")
+    assert [point.to_dict() for point in shown.sweep.points] == report["sweep"]
+    asked = AskOptions(max_new_tokens=4)
+    *_, answers = shown.stream_answers(shown.prepare(shown.questions[0], asked), [{}, {"verb": 1.0}], asked)
+    assert answers[0].text.strip() == report_answer(report, 0.0)
     base = load_smollm2()[0].config._name_or_path
     check = subprocess.run(
         [sys.executable, "-c", LOADED_WITHOUT_THE_PACKAGE, str(output), base],
@@ -79,6 +87,12 @@ def test_small_quickstart(tmp_path: Path) -> None:
         check=False,
     )
     assert check.returncode == 0, check.stderr[-2000:]
+
+
+def report_answer(report: dict[str, Any], weight: float) -> str:
+    """The linearized answer to the first question at λ_verb."""
+    points = (p for p in report["sweep"] if p["weights"]["verb"] == weight and p["evaluation"] == "linearized")
+    return str(next(points)["answers"][0])
 
 
 LOADED_WITHOUT_THE_PACKAGE = """

@@ -227,6 +227,23 @@ def test_export_merged_writes_the_dequantized_base_with_tau(path: Path, scheme: 
     assert report.relative_error == 0.0
 
 
+@pytest.mark.parametrize("scheme", ["nf4", "torchao_int4"])
+def test_export_lora_with_its_head_in_a_dequantized_base(path: Path, scheme: str, tmp_path: Path) -> None:
+    base = quantized(path, scheme, "qwen2")
+    twin = dequantized(base)
+    model, inputs = wrapped(base, "shared"), batch("right")
+    export = model.export_lora(tmp_path / "lora", head="merge")
+    assert export.head == "merged" and export.relative_error == 0.0 and export.base.quantization is not None
+    card = (tmp_path / "lora" / "README.md").read_text()
+    assert f"{export.base.quantization}, written dequantized" in card
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "lora" / "base")
+    assert "quantization_config" not in vars(loaded.config)
+    with torch.no_grad():
+        for name, delta in deltas(model).items():
+            twin.get_parameter(name).add_(delta)
+    assert_equal(logits(PeftModel.from_pretrained(loaded, tmp_path / "lora").eval(), **inputs), logits(twin, **inputs))
+
+
 def test_safe_merge_changes_nothing_where_the_sum_is_not_finite(path: Path) -> None:
     model = wrapped(quantized(path, "nf4"), "dense")
     layer = tangent_layers(model)[0]
@@ -333,6 +350,9 @@ def test_layers_that_can_only_be_called_merge_and_export_nothing_but_a_lora(gptq
         model.merge_adapter()
     with pytest.raises(ValueError, match=r"quantized by gptq and can not be dequantized.*export_lora"):
         model.export_merged(tmp_path)
+    with pytest.raises(ValueError, match=r"quantized by gptq and can not be dequantized"):
+        model.export_lora(tmp_path / "lora", head="merge")
+    assert not any(tmp_path.iterdir())
     assert model.export_lora(tmp_path / "lora").relative_error == 0.0
     assert model.peft_config["default"].base_fingerprint is None
 

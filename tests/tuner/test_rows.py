@@ -126,6 +126,18 @@ def test_the_live_mix_comes_back() -> None:
     assert torch.equal(logits(model, **inputs), before)
 
 
+def test_one_mix_inside_a_block_of_many() -> None:
+    model, inputs = two_axes(), batch("right")
+    one = {name: x[:1] for name, x in inputs.items()}
+    with model.axes({"help": 1.0}):
+        expected = logits(model, **one)
+    with model.axes(MIXES):
+        with model.axes({"help": 1.0}):
+            assert torch.equal(logits(model, **one), expected)
+        inside = logits(model, **inputs)
+    assert torch.equal(inside, logits(model, **inputs, axis_weights=MIXES))
+
+
 def test_a_copy_has_mixes_of_its_own() -> None:
     model, inputs = two_axes(), batch("right")
     model.combine_axes({"help": 1.0})
