@@ -7,16 +7,14 @@ log π/π₀ (y_w|x) > log π/π₀ (y_l|x); for the base itself this is undecid
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-
-Pair = Mapping[str, Any]  # TRL's explicit-prompt conversational format
+from tangent_peft.evaluate.pairs import Pair, pair_batch
 
 
 @dataclass(frozen=True)
@@ -65,8 +63,8 @@ def pair_logps(
 
     Args:
         model: a causal language model; its active mix and evaluation decide what is scored.
-        tokenizer: with a chat template.
-        pairs: rows with `prompt`, `chosen`, `rejected` as message lists.
+        tokenizer: with a chat template, for conversational pairs.
+        pairs: rows with `prompt`, `chosen`, `rejected`, conversational or plain text; see `pair_batch`.
         batch_size: pairs per forward.
         progress: called after every batch.
 
@@ -88,30 +86,11 @@ def pair_logps(
 
 
 def _score(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
-    rows, starts = [], []
-    for key in ("chosen", "rejected"):
-        for pair in pairs:
-            prompt = _token_ids(tokenizer, pair["prompt"], add_generation_prompt=True)
-            rows.append(_token_ids(tokenizer, [*pair["prompt"], *pair[key]], add_generation_prompt=False))
-            starts.append(len(prompt))
-    width = max(map(len, rows))
     device = next(model.parameters()).device
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    real, answer = torch.zeros_like(ids), torch.zeros_like(ids)
-    for row, (tokens, start) in enumerate(zip(rows, starts, strict=True)):
-        ids[row, : len(tokens)] = torch.tensor(tokens)
-        real[row, : len(tokens)] = 1
-        answer[row, start : len(tokens)] = 1
-    first = min(starts)  # no answer begins earlier, so no logits are needed before
-    ids, real, answer = ids.to(device), real.to(device), answer.to(device)[:, first:]
-    keep = width - first + 1
-    logits = model(input_ids=ids, attention_mask=real, use_cache=False, logits_to_keep=keep).logits[:, :-1].float()
+    batch = {name: x.to(device) for name, x in pair_batch(tokenizer, pairs).items()}
+    ids, answer = batch["input_ids"], batch.pop("completion_mask")
+    first = max(1, int(answer.any(0).int().argmax()))  # no answer begins earlier, so no logits are needed before
+    logits = model(**batch, use_cache=False, logits_to_keep=ids.shape[1] - first + 1).logits[:, :-1].float()
     picked = logits.gather(2, ids[:, first:, None]).squeeze(2) - logits.logsumexp(2)
-    logps = (picked * answer).sum(1)
-    return torch.stack(logps.chunk(2), 1).cpu(), torch.stack(answer.sum(1).chunk(2), 1).cpu()
-
-
-def _token_ids(tokenizer: PreTrainedTokenizerBase, messages: Any, add_generation_prompt: bool) -> list[int]:
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
+    logps, lengths = (picked * answer[:, first:]).sum(1), answer.sum(1)
+    return torch.stack(logps.chunk(2), 1).cpu(), torch.stack(lengths.chunk(2), 1).cpu()

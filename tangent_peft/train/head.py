@@ -11,15 +11,14 @@ import types
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
 from tangent_peft.forward import call_within, current_pass, split
-from tangent_peft.forward.head import Head, TokenScores, score_tokens
+from tangent_peft.forward.head import TokenScores, score_tokens
 from tangent_peft.tuner import TangentLayer
-from tangent_peft.tuner.backends import read_weight
+from tangent_peft.tuner.heads import head_of
 
 
 @dataclass
@@ -75,8 +74,11 @@ def _score(model: PreTrainedModel, head: Any, hidden: Tensor, tangent: Tensor | 
     """`score_tokens` where the head's weights can be read, which sharding engines allow inside their modules only."""
     labels, linearized, probe = rest
 
+    carried = head.uniform_axes() if isinstance(head, TangentLayer) else {}
+
     def score(hidden: Tensor, tangent: Tensor | None) -> tuple[Tensor, ...]:
-        return tuple(vars(score_tokens(hidden, tangent, labels, _head_of(model, head), linearized, probe)).values())
+        parts = head_of(model, head, carried)
+        return tuple(vars(score_tokens(hidden, tangent, labels, parts, linearized, probe)).values())
 
     leaves = [head.get_base_layer(), *head.active_leaves()] if isinstance(head, TangentLayer) else [head]
     return TokenScores(*call_within(leaves, score, hidden, tangent))
@@ -93,35 +95,3 @@ def _hidden_states(last: Tensor) -> tuple[Tensor, Tensor | None]:
 def _per_position(scores: TokenScores, mask: Tensor) -> dict[str, Any]:
     """The fields of `scores` (N,) at their positions (B, T−1), zero elsewhere; differentiable also for N = 0."""
     return {name: x.new_zeros(mask.shape).masked_scatter(mask, x) for name, x in vars(scores).items()}
-
-
-def _head_of(model: PreTrainedModel, head: Any) -> Head:
-    """The head's weight, its active tangents Σ λᵢ τᵢ, and what the model does to its logits."""
-    scale, softcap = _logit_options(model.config.get_text_config().to_dict())
-    if not isinstance(head, TangentLayer):
-        return Head(read_weight(head), head.bias, scale=scale, softcap=softcap)
-    linear: Any = head.get_base_layer()
-    factors = [head.factors(name, weight) for name, weight in head.uniform_axes().items()]
-    dense = [f.dense for f in factors if f.dense is not None]
-    bs, projections = [f.b for f in factors if f.b is not None], [f.a for f in factors if f.a is not None]
-    return Head(
-        read_weight(linear),
-        linear.bias,
-        dense=sum(dense[1:], start=dense[0]) if dense else None,
-        b=(bs[0] if len(bs) == 1 else torch.cat(bs, dim=1)) if bs else None,
-        a=(projections[0] if len(projections) == 1 else torch.cat(projections)) if projections else None,
-        scale=scale,
-        softcap=softcap,
-    )
-
-
-def _logit_options(config: dict[str, Any]) -> tuple[float, float | None]:
-    """Factor and soft-cap of the logits; the names are those `add_fused_lm_head` reads, in its order."""
-    factor = next((config[n] for n in _LOGIT_FACTORS if config.get(n) is not None), None)
-    if factor is None and config.get("logits_scaling") is not None:
-        scaling = config["logits_scaling"]
-        factor = scaling if config.get("model_type") == "hyperclovax" else 1 / scaling
-    return 1.0 if factor is None else float(factor), config.get("final_logit_softcapping")
-
-
-_LOGIT_FACTORS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
