@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tangent_peft.forward import dual, graft, leave, split
+from tangent_peft.tuner.guard import GuardedWeight
 from tangent_peft.tuner.layer import TangentLayer, itself
 from tangent_peft.tuner.live import Weight
 from tangent_peft.tuner.projection import shared_projection
@@ -101,7 +102,7 @@ class TangentEmbedding(TangentLayer):
     def carried_weight(self, weight: Tensor) -> Tensor:
         """As of every layer, without `embed_scale`; the padding token's row gives the tangent no gradient."""
         read, padding = super().carried_weight(weight), self.padding_idx
-        if read is weight or padding is None:
+        if read is weight or padding is None or isinstance(read, GuardedWeight):
             return read
         primal, tangent = split(read)
         return _held(read, padding) if tangent is None else dual(primal, _held(tangent, padding))

@@ -29,7 +29,7 @@ from tangent_peft.tuner.loadable import check_called, loadable
 from tangent_peft.tuner.lora_format import lora_state
 from tangent_peft.tuner.record import RECORD, LoraExport, describe_axes, describe_base
 from tangent_peft.tuner.servers import Contents, Server, check_contents, check_server, served_rank, vllm_rank
-from tangent_peft.tuner.stored import mix_factors
+from tangent_peft.tuner.stored import mix_factors, without_zeros
 from tangent_peft.tuner.targets import head_name
 from tangent_peft.tuner.weights import TangentFactors
 
@@ -107,7 +107,7 @@ def export_lora(tuner: AxisVerbs, path: Path, weights: dict[str, float], options
 
 @torch.no_grad()
 def _plan(tuner: AxisVerbs, weights: Mapping[str, float], options: LoraOptions) -> _Plan:
-    mixed = mix_factors(tuner, weights)
+    mixed = mix_factors(tuner, without_zeros(weights))
     if not mixed:
         raise ValueError("The mix to export is empty; name at least one axis in `weights`.")
     layers = [layer for layer in tangent_layers(tuner.model) if layer.layer_name in mixed]

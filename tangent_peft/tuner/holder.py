@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tangent_peft.forward import Gradient, TangentCarrier
 from tangent_peft.tuner.config import TangentConfig
-from tangent_peft.tuner.live import LiveMix, RowWeights, Weight
+from tangent_peft.tuner.live import FlatLayout, LiveMix, RowWeights, Weight
 from tangent_peft.tuner.projection import shared_projection
 from tangent_peft.tuner.weights import TangentWeight, leaf_weight
 
@@ -52,7 +52,7 @@ class TangentHolder(TangentCarrier, BaseTunerLayer):
         self.tangent_B = nn.ModuleDict()
         self.tangent_r: dict[str, int | None] = {}
         self.tangent_live = LiveMix([])  # the model's, once it has taken the layer in
-        self.tangent_dispatched = False  # what calls the layer may give it tokens in an order of its own
+        self.tangent_flat: frozenset[FlatLayout] = frozenset({"tokens"})  # how rows may lie in two-dimensional inputs
         self.tangent_linearize: dict[str, bool] = {}
         self.tangent_gradient: dict[str, Gradient] = {}
         # Plain tensors, not buffers: casting the model must not round a projection that is never stored.
@@ -186,13 +186,17 @@ class TangentHolder(TangentCarrier, BaseTunerLayer):
         carried = {}
         for name, weight in self.carried_axes().items():
             if isinstance(weight, RowWeights):
-                raise NotImplementedError(
-                    f"{type(self).__name__} {self.layer_name!r} can only give all rows of a batch one mix here (its "
-                    f"weight is read, or its gradient replayed), but axis {name!r} has λ = {tuple(weight)}. Run the "
-                    "rows of each mix as a batch of their own, inside `with model.axes({...}):`."
-                )
+                raise NotImplementedError(self._one_mix("its gradient is replayed", {name: weight}))
             carried[name] = weight
         return carried
+
+    def _one_mix(self, reason: str, carried: Mapping[str, Weight]) -> str:
+        found = {name: weight for name, weight in carried.items() if isinstance(weight, RowWeights)}
+        return (
+            f"{type(self).__name__} {self.layer_name!r} can only give all rows of a batch one mix here, because "
+            f"{reason}; but it has axes of which each row has its own λ: {found}. Run the rows of each mix as a batch "
+            "of their own, inside `with model.axes({...}):`."
+        )
 
     def tangent_mix(self) -> Hashable | None:
         """The linearized axes and their λ, sorted; `None` if there are none."""

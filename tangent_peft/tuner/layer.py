@@ -96,7 +96,7 @@ class TangentLayer(TangentHolder):
         if isinstance(weight, RowWeights):
             rows = self.tangent_live.rows
             assert rows is not None
-            return term * rows.column(weight, term, self.layer_name, self.tangent_dispatched)
+            return (term * rows.column(weight, term, self.layer_name, self.tangent_flat)).to(term.dtype)
         return term if weight == 1.0 else term * weight
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -172,14 +172,19 @@ class TangentLayer(TangentHolder):
         """What stands for the base weight where something other than this layer reads it.
 
         That is the dual (W, Σ λᵢ τᵢ) in a linearized pass; in a replay W, whose backward leaves the gradients of the
-        tangents; W + Σ λᵢ τᵢ where the axes add their weights; W itself outside of all these.
+        tangents; W + Σ λᵢ τᵢ where the axes add their weights; W itself outside of all these. Where rows have their own
+        λ there is none such, and what is returned tells its dtype, device and shape alone.
         """
-        carried = self.uniform_axes()
+        carried = self.carried_axes()
         linear = bool(carried) and self._linearized(carried)
         replayed = linear and is_replaying()
         if not carried or (linear and not replayed and current_pass() is None):
             return weight
-        parts = [self.factors(n, scale, leave if replayed else itself).product() for n, scale in carried.items()]
+        if any(isinstance(scale, RowWeights) for scale in carried.values()):
+            return GuardedWeight.of(weight, self._one_mix("something computes with its weight", carried))
+        parts = [
+            self.factors(n, scale, leave if replayed else itself).product() for n, scale in self.uniform_axes().items()
+        ]
         delta = self._layout(sum(parts[1:], start=parts[0])).to(weight.device, weight.dtype)
         if not linear:
             return weight + delta

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ class RowWeights(tuple[float, ...]):
 
 
 Weight: TypeAlias = float | RowWeights
+FlatLayout: TypeAlias = Literal["tokens", "rows"]  # what the entries of a two-dimensional input are, in their order
 
 
 @dataclass
@@ -58,14 +59,14 @@ class Rows:
             )
         self.batch, self.length = batch, shape[1] if len(shape) > 1 else 1
 
-    def column(self, weights: RowWeights, x: Tensor, name: str, dispatched: bool = False) -> Tensor:
-        """λ of the rows of x, to be multiplied by it: x is (B, …), or (B·T, …) with the rows one after the other.
+    def column(self, weights: RowWeights, x: Tensor, name: str, flat: Set[FlatLayout]) -> Tensor:
+        """λ of the rows of x, to be multiplied by it, in at least float32: x is (B, T, …), (B·T, …) or (B, …).
 
         Args:
             weights: λ of each mix.
             x: the input or output of a layer.
             name: of the layer, for the error.
-            dispatched: whether the layer may get tokens in an order of its own, as experts do: all of them, even.
+            flat: what the first of two dimensions may be.
 
         Raises:
             ValueError: if x has no such shape.
@@ -76,17 +77,19 @@ class Rows:
                 f"{self.mixes} mixes is whose. Call the whole model, or run the rows of each mix as a batch of "
                 "their own, inside `with model.axes({...}):`."
             )
-        flat = x.ndim == 2 and x.shape[0] == self.batch * self.length and not dispatched
-        if not flat and (x.ndim < 3 or x.shape[0] != self.batch):
+        sizes = {"tokens": self.batch * self.length, "rows": self.batch}
+        known = {self.batch} if x.ndim > 2 else {sizes[layout] for layout in flat}
+        if x.shape[0] not in known:
             raise ValueError(
                 f"Layer {name!r} has values of shape {tuple(x.shape)}, in which the {self.batch} rows of "
                 f"{self.length} tokens can not be told apart, so they can not have a mix each. Run the rows of each "
                 "mix as a batch of their own, inside `with model.axes({...}):`."
             )
         repeats = x.shape[0] // self.mixes
-        key = weights, repeats, x.device, x.dtype
+        dtype = torch.promote_types(x.dtype, torch.float32)  # λ is not to be rounded to that of x
+        key = weights, repeats, x.device, dtype
         if key not in self.columns:
-            values = torch.tensor(weights, dtype=x.dtype, device=x.device)
+            values = torch.tensor(weights, dtype=dtype, device=x.device)
             self.columns[key] = values.repeat_interleave(repeats)
         return self.columns[key].view(-1, *[1] * (x.ndim - 1))
 

@@ -29,7 +29,7 @@ from tangent_peft.tuner.layer import TangentLayer
 from tangent_peft.tuner.live import LiveMix
 from tangent_peft.tuner.quantized import TangentQuantized, check_mergeable
 from tangent_peft.tuner.registration import PREFIX
-from tangent_peft.tuner.rows import RowForward, mark_dispatched
+from tangent_peft.tuner.rows import RowForward, note_layouts
 from tangent_peft.tuner.shared import refuse_shared_weights
 from tangent_peft.tuner.state import AxisConfigs, check_state_dict
 from tangent_peft.tuner.targets import (
@@ -143,10 +143,11 @@ class TangentModel(AxisVerbs):
             config.base_fingerprint = fingerprint(model)
             warn_of_encoders(model)
         axes.restore_weights(self, before)
+        self.tangent_live.training |= before.live.training  # PEFT lets them train on
         self._mark_tied(model)
         refuse_shared_weights(model)
         refuse_unknown_above(model, self.blocks)
-        mark_dispatched(model, self.blocks)
+        note_layouts(model, self.blocks)
         linearize_forward(model)
 
     def _mark_tied(self, model: nn.Module) -> None:

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 KEYWORD = "axis_weights"
 BASE = "__base__"  # PEFT's name of the base model in `adapter_names`
 
+#: Model types whose layers see (T, B, …): where T = B nothing else would tell.
+TIME_FIRST = frozenset({"xlnet", "fsmt", "longformer", "led"})
+
 # What holds one entry per row in the inputs of a forward, the one that decides first.
 _INPUTS = (
     "decoder_input_ids",
@@ -48,6 +51,7 @@ def mixed_rows(tuner: AxisVerbs, mixes: Sequence[Mapping[str, float]]) -> Iterat
         ValueError: for no mixes, an unknown axis, a λ that is not finite, a merged model, an axis that keeps modules of
             its own.
         TypeError: if the mixes are not a list of dicts.
+        NotImplementedError: for a model that puts time first.
     """
     if isinstance(mixes, (Mapping, str)) or not all(isinstance(mix, Mapping) for mix in mixes):
         raise TypeError(
@@ -56,12 +60,22 @@ def mixed_rows(tuner: AxisVerbs, mixes: Sequence[Mapping[str, float]]) -> Iterat
         )
     if not mixes:
         raise ValueError(f"`{KEYWORD}` is empty. Give one mix for every row of the batch, `{{}}` for the base model.")
+    _refuse_time_first(tuner.model)
     checked = [axes.check_weights(tuner, mix) for mix in mixes]
     weights = row_weights(checked)
     axes.refuse_saved_modules(tuner, dict.fromkeys(weights, 1.0))
     with axes.preserved(tuner):
         axes.switch(tuner, weights, Rows(len(checked)))
         yield
+
+
+def _refuse_time_first(model: nn.Module) -> None:
+    kind = model.config.model_type if isinstance(model, PreTrainedModel) else None
+    if kind in TIME_FIRST:
+        raise NotImplementedError(
+            f"{type(model).__name__} puts time before rows in its layers' inputs, which have one mix. Run the rows of "
+            "each mix as a batch of their own, inside `with model.axes({...}):`."
+        )
 
 
 @contextmanager
@@ -104,21 +118,26 @@ def repeated_rows(tuner: AxisVerbs, args: tuple[Any, ...], kwargs: Mapping[str, 
         rows.repeated = False
 
 
-def mark_dispatched(model: nn.Module, blocks: tuple[str, int] | None) -> None:
-    """Notes at each layer whether it is one of several that share the tokens among them, as experts do.
+def note_layouts(model: nn.Module, blocks: tuple[str, int] | None) -> None:
+    """Notes at each layer how rows may lie in two-dimensional inputs.
 
-    Such a layer lies in a `ModuleList` or `ModuleDict` that is not the list of a transformers model's blocks. Even
-    where it gets as many tokens as there are, nothing tells their order.
+    In a block of a transformers model such an input is all tokens in their order; above the blocks it may also be one
+    entry per row, a pooled one. A layer in another `ModuleList` or `ModuleDict` may be an expert: even where it gets as
+    many tokens as there are, nothing tells their order.
 
     Args:
         model: the wrapped model.
         blocks: name and length of its list of blocks.
     """
     lists = [n for n, m in model.named_modules() if isinstance(m, (nn.ModuleList, nn.ModuleDict))]
-    known = blocks[0] if blocks is not None and isinstance(model, PreTrainedModel) else None
-    inside = tuple(f"{name}." for name in lists if name != known)
+    own = blocks[0] if blocks is not None and isinstance(model, PreTrainedModel) else None
+    experts = tuple(f"{name}." for name in lists if name != own)
     for layer in axes.tangent_layers(model):
-        layer.tangent_dispatched = layer.layer_name.startswith(inside)
+        layer.tangent_flat = frozenset({"tokens"})
+        if layer.layer_name.startswith(experts):
+            layer.tangent_flat = frozenset()
+        elif own is not None and not layer.layer_name.startswith(f"{own}."):
+            layer.tangent_flat = frozenset({"tokens", "rows"})
 
 
 class RowForward:

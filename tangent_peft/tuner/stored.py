@@ -43,9 +43,15 @@ def store(tuner: AxisVerbs, weights: Mapping[str, float], adapter_name: str) -> 
 def store_mix(tuner: AxisVerbs, weights: Mapping[str, float], adapter_name: str) -> None:
     """As `store`, of weights that are known to be finite numbers and may be of any size."""
     check_sources(tuner, list(weights), adapter_name)
+    weights = without_zeros(weights)
     with torch.no_grad():
         mixed = mix_factors(tuner, weights)
     add_axis(tuner, adapter_name, mixed, list(weights), common_seed(tuner, weights))
+
+
+def without_zeros(weights: Mapping[str, float]) -> dict[str, float]:
+    """The axes that count, which alone decide the form and rank of their mix; all of them where none does."""
+    return {name: weight for name, weight in weights.items() if weight != 0.0} or dict(weights)
 
 
 # ---- any tangent as an adapter ---------------------------------------------------------------------------------------

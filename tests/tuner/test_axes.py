@@ -192,6 +192,15 @@ def test_a_stored_mix_of_one_axis_and_of_mixes(form: str) -> None:
     assert all(delta.abs().max() < 1e-6 for delta in deltas(model, {"nothing": 1.0}).values())
 
 
+def test_axes_at_zero_decide_no_form() -> None:
+    model = tangent_model("llama", "shared", axis="help")
+    model.add_adapter("verb", config("dense"))
+    model.combine_axes({"help": 0.5, "verb": 0.0}, adapter_name="mix")
+    assert model.peft_config["mix"].r == 4 and model.peft_config["mix"].projection == "shared"
+    model.combine_axes({"help": 0.0, "verb": 0.0}, adapter_name="nothing")
+    assert model.peft_config["nothing"].r is None
+
+
 def test_a_stored_mix_does_not_follow_its_sources() -> None:
     model = two_axes("shared", "shared")
     model.combine_axes({"help": 1.0}, "mix")

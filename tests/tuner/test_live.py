@@ -6,6 +6,7 @@ import copy
 import pickle
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -144,3 +145,17 @@ def test_a_block_copied_into_the_model_reads_its_mix() -> None:
         again = copy.deepcopy(other)
         again.combine_axes({})
         assert other.axis_weights == {"verb": 1.0}
+
+
+def test_an_axis_trains_on_beside_a_frozen_one(tmp_path: Path) -> None:
+    model = two_axes(2, inference=False)
+    model.save_pretrained(tmp_path)
+    model.load_adapter(str(tmp_path / "verb"), "other")  # frozen, as PEFT loads
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained and all(".help." in name for name in trained)
+    with model.axes({"other": 1.0}):
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+    model.combine_axes({"other": 0.5}, adapter_name="stored")
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == trained
+    model.combine_axes({"help": 1.0})
+    assert not any(parameter.requires_grad for parameter in model.parameters())
