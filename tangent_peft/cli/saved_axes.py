@@ -40,7 +40,7 @@ def find_axes(paths: Sequence[str]) -> dict[str, Path]:
     """
     found: dict[str, Path] = {}
     for text in paths:
-        name, given, path = text.partition("=")
+        name, given, path = ("", "", text) if Path(text).exists() else text.partition("=")
         folder = Path(path if given else text)
         for axis, place in _axes_in(folder, name if given else None).items():
             if axis in found:

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tangent_peft.evaluate.pairs import Pair, pair_batch
+from tangent_peft.forward import evaluating
 
 
 @dataclass(frozen=True)
@@ -71,16 +72,12 @@ def pair_logps(
     Returns:
         log π (N, 2) in nats, chosen first, and the answers' lengths (N, 2) in tokens, end-of-turn included.
     """
-    was_training = model.training
-    model.eval()
     scored = []
-    try:
+    with evaluating(model):
         for start in range(0, len(pairs), batch_size):
             scored.append(_score(model, tokenizer, pairs[start : start + batch_size]))
             if progress is not None:
                 progress()
-    finally:
-        model.train(was_training)
     logps, lengths = (torch.cat(column) for column in zip(*scored, strict=True))
     return logps, lengths
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from tangent_peft.forward import evaluating
 from tangent_peft.tuner import tangent_tuner
 
 
@@ -104,14 +105,10 @@ def _generate(
         inputs = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False).to(model.device)
     finally:
         tokenizer.padding_side = side
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         output = model.generate(
             **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
         )
-    finally:
-        model.train(was_training)
     generated = output[:, inputs["input_ids"].shape[1] :]
     special = torch.tensor(tokenizer.all_special_ids, device=generated.device)
     lengths = (torch.isin(generated, special).cumsum(1) == 0).sum(1).tolist()

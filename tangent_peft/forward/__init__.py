@@ -14,6 +14,7 @@ from tangent_peft.forward.level import current_pass as current_pass
 from tangent_peft.forward.level import dual as dual
 from tangent_peft.forward.level import join as join
 from tangent_peft.forward.level import split as split
+from tangent_peft.forward.mode import evaluating as evaluating
 from tangent_peft.forward.opaque import OpaqueLinear as OpaqueLinear
 from tangent_peft.forward.products import both_products as both_products
 from tangent_peft.forward.products import can_join_products as can_join_products

@@ -10,7 +10,7 @@ This file knows torch and transformers, and modules that carry tangents. It know
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -21,6 +21,7 @@ from transformers import Cache, PreTrainedModel
 
 from tangent_peft.forward.carrier import TangentCarrier
 from tangent_peft.forward.level import autocast_dtype, carries_tangent
+from tangent_peft.forward.mode import evaluating, mode
 
 
 # Far above rounding, far below what a wrong cut does; relative, per token.
@@ -74,7 +75,7 @@ class Trunk:
         self.hidden_size, self.dtype = hidden.shape[-1], hidden.dtype
         self.probe = hidden[0].cpu()
         self._check_rows(ids, hidden)
-        self._check_training_mode(ids, mask, hidden)
+        self._check_trainingmode(ids, mask, hidden)
         self._check_skipped(ids, mask, hidden, output)
 
     # ---- running a part ----------------------------------------------------------------------------------------
@@ -86,7 +87,7 @@ class Trunk:
             input_ids: tokens (B, T), on the model's device.
             attention_mask: ones at real tokens (B, T).
         """
-        with _mode(self.root.modules(), training=False):
+        with evaluating(self.root):
             return self._run_below(input_ids, attention_mask)
 
     @torch.no_grad()
@@ -224,7 +225,7 @@ class Trunk:
 
     def _call(self, ids: Tensor, mask: Tensor) -> Tensor:
         root: Any = self.root
-        with torch.no_grad(), _mode(root.modules(), training=False), self.autocast():
+        with torch.no_grad(), evaluating(root), self.autocast():
             return root(input_ids=ids, attention_mask=mask, use_cache=False)[0]
 
     def _observe(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, frozenset[str]]:
@@ -285,11 +286,11 @@ class Trunk:
                 f"tokens, on padding or on the other rows of the batch, so it can not be kept per sequence. {_OFF}"
             )
 
-    def _check_training_mode(self, ids: Tensor, mask: Tensor, hidden: Tensor) -> None:
+    def _check_trainingmode(self, ids: Tensor, mask: Tensor, hidden: Tensor) -> None:
         """Nothing below the entry, its ancestors aside, does something else in training mode."""
         modules = {n: m for n, m in self._modules_below() if self.entry not in set(m.modules())}
         dropouts = {name: module.p for name, module in modules.items() if isinstance(module, nn.Dropout) and module.p}
-        with _mode(self.root.modules(), training=False), _mode(modules.values(), training=True):
+        with evaluating(self.root), mode(modules.values(), training=True):
             trained = hidden if dropouts else self._run_below(ids, mask)
         if dropouts or not _close(trained, hidden):
             config = self.root.config.get_text_config().to_dict()
@@ -376,15 +377,3 @@ def _close(found: Tensor, expected: Tensor) -> bool:
     """Whether each token's vector (…, D) is within the tolerance; a token with large entries hides no other."""
     error, size = (found.double() - expected.double()).norm(dim=-1), expected.double().norm(dim=-1)
     return bool((error <= PROBE_TOLERANCE[expected.dtype] * size).all())
-
-
-@contextmanager
-def _mode(modules: Iterable[nn.Module], training: bool) -> Iterator[None]:
-    before = [(module, module.training) for module in modules]
-    try:
-        for module, _ in before:
-            module.training = training
-        yield
-    finally:
-        for module, was in before:
-            module.training = was

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from tangent_peft.forward import evaluating
 from tangent_peft.tuner.axes import preserved, switch
 from tangent_peft.tuner.linearity import LinearityGap, linearity_gap
 
@@ -103,16 +104,11 @@ def base_sample(tuner: AxisVerbs) -> dict[str, Tensor]:
     model: Any = tuner.model
     start, special = _special_tokens(model)
     ids = torch.full((ROWS, 1), start, device=model.device)
-    was_training = model.training
     device = model.device
     others = {"devices": []} if device.type == "cpu" else {"devices": [device], "device_type": device.type}
-    with _at(tuner, {}), torch.random.fork_rng(**others):
+    with _at(tuner, {}), torch.random.fork_rng(**others), evaluating(model):
         torch.manual_seed(SEED)
-        model.eval()
-        try:
-            ids = model.generate(ids, attention_mask=torch.ones_like(ids), **_SAMPLING, suppress_tokens=special or None)
-        finally:
-            model.train(was_training)
+        ids = model.generate(ids, attention_mask=torch.ones_like(ids), **_SAMPLING, suppress_tokens=special or None)
     return {"input_ids": ids}
 
 

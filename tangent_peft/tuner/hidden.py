@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tangent_peft.forward import current_pass, find_head, is_sharded, split
+from tangent_peft.forward import current_pass, evaluating, find_head, is_sharded, split
 from tangent_peft.forward.head import Head
 from tangent_peft.forward.trunk import Trunk
 from tangent_peft.tuner.axes import check_unmerged, check_weights, refuse_saved_modules, tangent_tuner
@@ -79,15 +79,10 @@ class AxisPasses:
     @contextmanager
     def ready(self) -> Iterator[None]:
         """Eval mode, linearized and without gradients for the duration of a `with` block; finds the trunk."""
-        was_training = self.root.training
-        self.root.eval()
-        try:
-            with torch.no_grad(), self.tuner.linearized(True):
-                with self.tuner.axes(dict.fromkeys(self.axes, 1.0)):
-                    self._trunk = self._find_trunk()
-                yield
-        finally:
-            self.root.train(was_training)
+        with torch.no_grad(), self.tuner.linearized(True), evaluating(self.root):
+            with self.tuner.axes(dict.fromkeys(self.axes, 1.0)):
+                self._trunk = self._find_trunk()
+            yield
 
     def states(self, inputs: Mapping[str, Any], keep: Tensor) -> tuple[Tensor, list[Tensor | None]]:
         """What enters the head at the positions of interest; inside `ready`.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tangent_peft.forward import Gradient, TangentCarrier
 from tangent_peft.tuner.config import TangentConfig
-from tangent_peft.tuner.live import FlatLayout, LiveMix, RowWeights, Weight
+from tangent_peft.tuner.live import LiveMix, RowLayout, RowWeights, Weight
 from tangent_peft.tuner.projection import shared_projection
 from tangent_peft.tuner.weights import TangentWeight, leaf_weight
 
@@ -52,7 +52,7 @@ class TangentHolder(TangentCarrier, BaseTunerLayer):
         self.tangent_B = nn.ModuleDict()
         self.tangent_r: dict[str, int | None] = {}
         self.tangent_live = LiveMix([])  # the model's, once it has taken the layer in
-        self.tangent_flat: frozenset[FlatLayout] = frozenset({"tokens"})  # how rows may lie in two-dimensional inputs
+        self.tangent_rows: frozenset[RowLayout] = frozenset({"batch", "tokens"})  # how rows may lie in its inputs
         self.tangent_linearize: dict[str, bool] = {}
         self.tangent_gradient: dict[str, Gradient] = {}
         # Plain tensors, not buffers: casting the model must not round a projection that is never stored.

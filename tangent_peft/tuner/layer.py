@@ -96,7 +96,7 @@ class TangentLayer(TangentHolder):
         if isinstance(weight, RowWeights):
             rows = self.tangent_live.rows
             assert rows is not None
-            return (term * rows.column(weight, term, self.layer_name, self.tangent_flat)).to(term.dtype)
+            return rows.apply(weight, term, self.layer_name, self.tangent_rows)
         return term if weight == 1.0 else term * weight
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

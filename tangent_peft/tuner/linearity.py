@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tangent_peft.forward import evaluating
 from tangent_peft.tuner.axes import tangent_tuner
 
 
@@ -54,9 +55,7 @@ def linearity_gap(model: torch.nn.Module, batches: Iterable[Mapping[str, Tensor]
     weights = tuner.axis_weights
     sums = torch.zeros(3, dtype=torch.float64)
     tokens = 0
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for inputs in batches:
             with tuner.linearized(True):
                 linear = model(**inputs, use_cache=False).logits
@@ -69,8 +68,6 @@ def linearity_gap(model: torch.nn.Module, batches: Iterable[Mapping[str, Tensor]
             squares = [x.square().sum(dtype=torch.float64).cpu() for x in (merged - linear, linear - base, base)]
             sums += torch.stack(squares)
             tokens += base[..., 0].numel()
-    finally:
-        model.train(was_training)
     if not tokens:
         raise ValueError("The batches to measure the linearity gap on hold no tokens. Give at least one batch.")
     missed, moved, size = (float(value) ** 0.5 for value in sums)

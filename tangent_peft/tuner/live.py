@@ -24,7 +24,8 @@ class RowWeights(tuple[float, ...]):
 
 
 Weight: TypeAlias = float | RowWeights
-FlatLayout: TypeAlias = Literal["tokens", "rows"]  # what the entries of a two-dimensional input are, in their order
+#: How the rows of a batch may lie in an input: (B, T, …); (B·T, D), all tokens in their order; (B, D), one entry each.
+RowLayout: TypeAlias = Literal["batch", "tokens", "rows"]
 
 
 @dataclass
@@ -43,7 +44,7 @@ class Rows:
     repeated: bool = False
     batch: int | None = None
     length: int = 1
-    columns: dict[object, Tensor] = field(default_factory=dict)
+    columns: dict[object, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
 
     def enter(self, shape: tuple[int, ...]) -> None:
         """Takes note of the shape (B, T, …) of a forward's input.
@@ -59,14 +60,14 @@ class Rows:
             )
         self.batch, self.length = batch, shape[1] if len(shape) > 1 else 1
 
-    def column(self, weights: RowWeights, x: Tensor, name: str, flat: Set[FlatLayout]) -> Tensor:
-        """λ of the rows of x, to be multiplied by it, in at least float32: x is (B, T, …), (B·T, …) or (B, …).
+    def apply(self, weights: RowWeights, x: Tensor, name: str, layouts: Set[RowLayout]) -> Tensor:
+        """λ of each row times x, in which rows lie as (B, T, …), (B·T, …) or (B, …); 0 where λ is, whatever x is.
 
         Args:
             weights: λ of each mix.
-            x: the input or output of a layer.
+            x: what an axis adds to the output of a layer.
             name: of the layer, for the error.
-            flat: what the first of two dimensions may be.
+            layouts: how rows may lie in what that layer gets.
 
         Raises:
             ValueError: if x has no such shape.
@@ -75,23 +76,28 @@ class Rows:
             raise ValueError(
                 f"Layer {name!r} was called outside of the model's forward, where nothing tells which of the "
                 f"{self.mixes} mixes is whose. Call the whole model, or run the rows of each mix as a batch of "
-                "their own, inside `with model.axes({...}):`."
+                "their own, inside `with model.axes({...}):`. Gradient checkpointing calls layers again later, too."
             )
-        sizes = {"tokens": self.batch * self.length, "rows": self.batch}
-        known = {self.batch} if x.ndim > 2 else {sizes[layout] for layout in flat}
+        sizes = {"batch": self.batch, "tokens": self.batch * self.length, "rows": self.batch}
+        known = {sizes[layout] for layout in layouts if (layout == "batch") == (x.ndim > 2)}
         if x.shape[0] not in known:
             raise ValueError(
                 f"Layer {name!r} has values of shape {tuple(x.shape)}, in which the {self.batch} rows of "
                 f"{self.length} tokens can not be told apart, so they can not have a mix each. Run the rows of each "
                 "mix as a batch of their own, inside `with model.axes({...}):`."
             )
-        repeats = x.shape[0] // self.mixes
-        dtype = torch.promote_types(x.dtype, torch.float32)  # λ is not to be rounded to that of x
+        column, off = self._columns(weights, x.shape[0] // self.mixes, x)
+        scaled = (x * column.view(-1, *[1] * (x.ndim - 1))).to(x.dtype)
+        return scaled if off is None else scaled.masked_fill(off.view(-1, *[1] * (x.ndim - 1)), 0.0)
+
+    def _columns(self, weights: RowWeights, repeats: int, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """λ of the rows, not rounded to the dtype of x, and where it is 0, if it is anywhere."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
         key = weights, repeats, x.device, dtype
         if key not in self.columns:
-            values = torch.tensor(weights, dtype=dtype, device=x.device)
-            self.columns[key] = values.repeat_interleave(repeats)
-        return self.columns[key].view(-1, *[1] * (x.ndim - 1))
+            column = torch.tensor(weights, dtype=dtype, device=x.device).repeat_interleave(repeats)
+            self.columns[key] = column, None if all(weights) else column == 0.0
+        return self.columns[key]
 
 
 @dataclass

@@ -22,6 +22,7 @@ from peft.utils.transformers_weight_conversion import _MOE_TARGET_MODULE_MAPPING
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tangent_peft.forward import evaluating
 from tangent_peft.tuner.axes import preserved, switch
 from tangent_peft.tuner.guard import WeightRead
 from tangent_peft.tuner.layer import TangentLayer
@@ -120,10 +121,9 @@ def check_called(tuner: AxisVerbs, weights: Mapping[str, float], layers: Collect
     inputs = {"input_ids": torch.ones(1, 2, dtype=torch.long, device=model.device)}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = inputs["input_ids"]
-    guarded, was_training = [(layer, layer.tangent_guarded) for layer in layers], model.training
-    with preserved(tuner), tuner.linearized(False):
+    guarded = [(layer, layer.tangent_guarded) for layer in layers]
+    with preserved(tuner), tuner.linearized(False), evaluating(model):
         switch(tuner, dict.fromkeys(weights, 1.0))
-        model.eval()
         try:
             for layer, _ in guarded:
                 layer.tangent_guarded = True
@@ -144,4 +144,3 @@ def check_called(tuner: AxisVerbs, weights: Mapping[str, float], layers: Collect
         finally:
             for layer, before in guarded:
                 layer.tangent_guarded = before
-            model.train(was_training)

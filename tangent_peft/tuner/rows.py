@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tangent_peft.tuner import axes
-from tangent_peft.tuner.live import LiveMix, Rows, row_weights
+from tangent_peft.tuner.live import LiveMix, RowLayout, Rows, row_weights
+from tangent_peft.tuner.targets import head_name, text_decoder
 
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def mixed_rows(tuner: AxisVerbs, mixes: Sequence[Mapping[str, float]]) -> Iterat
         TypeError: if the mixes are not a list of dicts.
         NotImplementedError: for a model that puts time first.
     """
+    mixes = mixes if isinstance(mixes, (Mapping, str)) else list(mixes)
     if isinstance(mixes, (Mapping, str)) or not all(isinstance(mix, Mapping) for mix in mixes):
         raise TypeError(
             f"`{KEYWORD}` is a list with one dict {{axis: λ}} for every row of the batch; found {mixes!r}. For one mix "
@@ -119,11 +121,12 @@ def repeated_rows(tuner: AxisVerbs, args: tuple[Any, ...], kwargs: Mapping[str, 
 
 
 def note_layouts(model: nn.Module, blocks: tuple[str, int] | None) -> None:
-    """Notes at each layer how rows may lie in two-dimensional inputs.
+    """Notes at each layer how rows may lie in its inputs.
 
-    In a block of a transformers model such an input is all tokens in their order; above the blocks it may also be one
-    entry per row, a pooled one. A layer in another `ModuleList` or `ModuleDict` may be an expert: even where it gets as
-    many tokens as there are, nothing tells their order.
+    The blocks of a transformers model get (B, T, D), or all tokens in their order; what is above them also one pooled
+    entry per row. A layer in another `ModuleList` or `ModuleDict` may be an expert: even where it gets as many tokens
+    as there are, nothing tells their order. Beside the text decoder of a model with images nothing is known: an image
+    is no row.
 
     Args:
         model: the wrapped model.
@@ -132,12 +135,24 @@ def note_layouts(model: nn.Module, blocks: tuple[str, int] | None) -> None:
     lists = [n for n, m in model.named_modules() if isinstance(m, (nn.ModuleList, nn.ModuleDict))]
     own = blocks[0] if blocks is not None and isinstance(model, PreTrainedModel) else None
     experts = tuple(f"{name}." for name in lists if name != own)
+    beside = _beside_the_decoder(model)
     for layer in axes.tangent_layers(model):
-        layer.tangent_flat = frozenset({"tokens"})
+        flat: set[RowLayout] = {"tokens"}
         if layer.layer_name.startswith(experts):
-            layer.tangent_flat = frozenset()
+            flat = set()
         elif own is not None and not layer.layer_name.startswith(f"{own}."):
-            layer.tangent_flat = frozenset({"tokens", "rows"})
+            flat = {"tokens", "rows"}
+        layer.tangent_rows = frozenset() if layer in beside else frozenset({"batch", *flat})
+
+
+def _beside_the_decoder(model: nn.Module) -> set[nn.Module]:
+    """The wrapped layers of a decoder-only model that are neither in its text decoder nor its head."""
+    decoder = text_decoder(model)
+    if decoder is None or not isinstance(model, PreTrainedModel) or model.config.is_encoder_decoder:
+        return set()
+    inside = set(model.get_submodule(decoder).modules()) | {model.get_output_embeddings()}
+    inside |= {module for name, module in model.named_children() if name == head_name(model)}
+    return {layer for layer in axes.tangent_layers(model) if layer not in inside}
 
 
 class RowForward:

@@ -25,6 +25,7 @@ from tangent_peft.tuner.axes import (
     tangent_layers,
 )
 from tangent_peft.tuner.config import TangentConfig
+from tangent_peft.tuner.decompose import at_least_single
 from tangent_peft.tuner.embedding import TangentEmbedding
 from tangent_peft.tuner.experts import TangentExperts
 from tangent_peft.tuner.layer import TangentLayer
@@ -198,8 +199,8 @@ def mix_factors(tuner: AxisVerbs, weights: Mapping[str, float]) -> dict[str, Tan
 
 
 def summed(layer: TangentLayer, weights: Mapping[str, float]) -> TangentFactors:
-    """Σ λᵢ ΔWᵢ of axes that this layer carries, in the form of the table above."""
-    factors = [layer.factors(name, scale) for name, scale in weights.items()]
+    """Σ λᵢ ΔWᵢ of axes that this layer carries, in the form of the table above and at least float32."""
+    factors = [layer.factors(name, scale, at_least_single) for name, scale in weights.items()]
     if any(f.dense is not None for f in factors):
         deltas = [f.product() for f in factors]
         return TangentFactors(dense=sum(deltas[1:], start=deltas[0]))
@@ -210,8 +211,8 @@ def summed(layer: TangentLayer, weights: Mapping[str, float]) -> TangentFactors:
 
 
 def concatenated(layer: TangentLayer, weights: Mapping[str, float]) -> TangentFactors:
-    """[λ₁B₁ … λₖBₖ] · [A₁; …; Aₖ], or Σ λᵢ ΔWᵢ where one of them is dense."""
-    factors = [layer.factors(name, scale) for name, scale in weights.items()]
+    """[λ₁B₁ … λₖBₖ] · [A₁; …; Aₖ], or Σ λᵢ ΔWᵢ where one of them is dense; at least float32."""
+    factors = [layer.factors(name, scale, at_least_single) for name, scale in weights.items()]
     bs, projections = [f.b for f in factors if f.b is not None], [f.a for f in factors if f.a is not None]
     if len(bs) < len(factors):
         return summed(layer, weights)

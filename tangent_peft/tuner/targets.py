@@ -32,12 +32,12 @@ def find_blocks(model: nn.Module, layers_pattern: list[str] | str | None = None)
     text decoder is searched first, the whole model if that has none: the blocks are then those of the language model,
     however many a vision tower has. `layers_pattern` names the list where that is the wrong one.
     """
-    decoder = _text_decoder(model)
+    decoder = text_decoder(model)
     inside = None if decoder is None else _longest_list(model, decoder + ".", layers_pattern)
     return _longest_list(model, "", layers_pattern) if inside is None else inside
 
 
-def _text_decoder(model: nn.Module) -> str | None:
+def text_decoder(model: nn.Module) -> str | None:
     """Full name of a transformers model's text decoder; `None` where it is the model itself or not known."""
     if not isinstance(model, PreTrainedModel):
         return None
@@ -125,7 +125,7 @@ def default_targets(model: nn.Module, config: TangentConfig) -> set[str]:
 
 def warn_of_encoders(model: nn.Module) -> None:
     """Says of layers wrapped beside a text decoder, as those of a vision tower, what they exclude."""
-    decoder, head = _text_decoder(model), head_name(model)
+    decoder, head = text_decoder(model), head_name(model)
     if decoder is None or not (isinstance(model, PreTrainedModel) and model.can_generate()):
         return
     wrapped = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]

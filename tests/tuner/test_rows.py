@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import config, logits, tangent_model
+from cases import config, logits, tangent_layers, tangent_model
 from conftest import VOCABULARY, batch, build
 from families import FAMILIES, Family
 from peft import PeftModel, get_peft_model
@@ -21,6 +21,7 @@ from transformers import (
     XLNetConfig,
     XLNetLMHeadModel,
 )
+from vision import VLMS, build_vlm, vision_batch
 
 from tangent_peft import TangentConfig
 
@@ -229,6 +230,7 @@ def test_a_cache_filled_under_other_mixes_is_refused() -> None:
     [
         ({"axis_weights": MIXES[:2]}, ValueError, "2 mixes are given for a batch of 3 rows"),
         ({"axis_weights": []}, ValueError, "is empty"),
+        ({"axis_weights": iter(MIXES[:2])}, ValueError, "2 mixes are given for a batch of 3 rows"),
         ({"axis_weights": {"help": 1.0}}, TypeError, "one dict .* for every row"),
         ({"axis_weights": [1.0, 2.0, 3.0]}, TypeError, "one dict .* for every row"),
         ({"axis_weights": [{"nice": 1.0}, {}, {}]}, ValueError, "Unknown axis 'nice'"),
@@ -373,6 +375,33 @@ def test_a_model_that_puts_time_first() -> None:
     model = get_peft_model(base, config(target_modules=["ff.layer_1"], num_layers=None, lm_head=False))
     with pytest.raises(NotImplementedError, match="puts time before rows"):
         model(torch.ones(3, 3, dtype=torch.long), axis_weights=[{"default": 1.0}, {}, {}])
+
+
+def test_an_axis_that_is_not_finite_stays_in_its_rows() -> None:
+    model, inputs = two_axes(), batch("right")
+    with model.axes({}):
+        base = logits(model, **inputs)
+    with torch.no_grad():
+        model.get_parameter("base_model.model.model.layers.2.mlp.up_proj.tangent_delta.help.weight").fill_(torch.inf)
+    for linearized in (True, False):
+        with model.linearized(linearized):
+            found = logits(model, **inputs, axis_weights=[{"help": 1.0}, {}, {"verb": 0.0}])
+            assert not found[0].isfinite().all() and torch.equal(found[1:], base[1:])
+
+
+@pytest.mark.parametrize("name", VLMS)
+def test_an_encoder_of_images_has_one_mix(name: str) -> None:
+    """There may be as many images as rows, and all of them in one row."""
+    inputs = vision_batch(name)
+    model = get_peft_model(build_vlm(name), config(), adapter_name="help").eval()
+    assert all("batch" in layer.tangent_rows for layer in tangent_layers(model))  # those of the text
+    assert logits(model, **inputs, axis_weights=[{"help": 1.0}, {}]).isfinite().all()
+    inside = next(n for n, m in build_vlm(name).named_modules() if "vision" in n and isinstance(m, nn.Linear))
+    seen = get_peft_model(
+        build_vlm(name), config(target_modules=[inside], num_layers=None, lm_head=False), adapter_name="help"
+    ).eval()
+    with pytest.raises(ValueError, match="can not be told apart"):
+        seen(**inputs, axis_weights=[{"help": 1.0}, {}])
 
 
 def test_experts_have_one_mix() -> None:
