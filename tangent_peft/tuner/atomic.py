@@ -6,6 +6,7 @@ away only once the new folder is complete, and put back if moving fails.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import uuid
@@ -20,10 +21,12 @@ def check_place(path: Path, overwrite: bool, marker: str) -> None:
     Args:
         path: where the folder is wanted.
         overwrite: whether it may replace an earlier one.
-        marker: name of the file that shows a folder to be an earlier one; no other folder is ever replaced.
+        marker: name of the file that shows a folder to be an earlier one; no other folder is ever replaced. It is
+            JSON, and lists under "files" what was written: a folder that holds another file is not replaced either.
 
     Raises:
-        FileExistsError: for a file, a folder with content without `overwrite`, or one that lacks the marker.
+        FileExistsError: for a file, a folder with content without `overwrite`, one that lacks the marker, or one with
+            files that the marker does not list.
         ValueError: for the current directory, one above it, or a mount point, which can not be moved.
     """
     place = path.resolve()
@@ -44,6 +47,27 @@ def check_place(path: Path, overwrite: bool, marker: str) -> None:
             f"{path} holds {content[:3]} ({len(content)} entries) but no {marker}: it is no earlier export, so "
             "`overwrite=True` does not replace it. Name another folder, or remove it yourself."
         )
+    others = sorted(files_in(place) - _listed(place / marker) - {marker})
+    if others:
+        raise FileExistsError(
+            f"{path} holds an earlier export and {others[:3]} ({len(others)} files), which its {marker} does not list "
+            "as part of it, so `overwrite=True` does not delete them. Name another folder, or move them away yourself."
+        )
+
+
+def files_in(folder: Path) -> set[str]:
+    """All files below a folder, as paths relative to it with slashes; links are files, and not followed."""
+    files = (entry for entry in folder.rglob("*") if entry.is_symlink() or not entry.is_dir())
+    return {file.relative_to(folder).as_posix() for file in files}
+
+
+def _listed(marker: Path) -> set[str]:
+    """The files that a marker lists; none if it is of a version that listed none, or can not be read."""
+    try:
+        record = json.loads(marker.read_text(encoding="utf-8"))
+    except ValueError:
+        return set()
+    return set(record.get("files", [])) if isinstance(record, dict) else set()
 
 
 @contextmanager
@@ -53,7 +77,7 @@ def fresh_folder(path: Path, overwrite: bool, marker: str) -> Iterator[Path]:
     Args:
         path: where the folder is wanted; the folders above it are made.
         overwrite: whether it may replace an earlier one.
-        marker: as of `check_place`; the block has to write this file, too.
+        marker: as of `check_place`; the block has to write this file, too, as the last one.
 
     Raises:
         FileExistsError: as `check_place`.

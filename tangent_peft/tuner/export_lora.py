@@ -16,14 +16,14 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
 
-from tangent_peft.tuner.atomic import check_place, fresh_folder
+from tangent_peft.tuner.atomic import fresh_folder
 from tangent_peft.tuner.axes import tangent_layers
 from tangent_peft.tuner.calibration import CalibrationData, calibrate
 from tangent_peft.tuner.decompose import Pair, Rank, check_rank, decompose, pad, relative, shared_rank, squared_errors
 from tangent_peft.tuner.embedding import TangentEmbedding
 from tangent_peft.tuner.experts import TangentExperts
 from tangent_peft.tuner.export_card import write_card
-from tangent_peft.tuner.export_merged import MergedOptions, transformers_base, write_model
+from tangent_peft.tuner.export_merged import MergedOptions, check_output, transformers_base, write_model
 from tangent_peft.tuner.layer import TangentLayer
 from tangent_peft.tuner.loadable import check_called, loadable
 from tangent_peft.tuner.lora_format import lora_state
@@ -73,7 +73,7 @@ class _Plan:
 
 def export_lora(tuner: AxisVerbs, path: Path, weights: dict[str, float], options: LoraOptions) -> LoraExport:
     """Saves θ(λ) − θ₀ as a LoRA directory that stock PEFT loads without this package; see `AxisVerbs.export_lora`."""
-    check_place(path, options.overwrite, RECORD)
+    check_output(tuner, path, options.overwrite)
     plan = _plan(tuner, weights, options)
     calibration = calibrate(tuner, weights, options.calibration)
     missed, total = (sum(squares) for squares in zip(*plan.errors.values(), strict=True))
@@ -97,8 +97,8 @@ def export_lora(tuner: AxisVerbs, path: Path, weights: dict[str, float], options
         if plan.merged:
             (folder / "base").mkdir()
             write_model(tuner, folder / "base", weights, MergedOptions(), plan.merged)
-        export.write_record(folder)
         write_card(folder, export)
+        export.write_record(folder)
     return export
 
 

@@ -22,7 +22,7 @@ from tangent_peft.tuner.backends import unpack_state
 from tangent_peft.tuner.calibration import CalibrationData, calibrate
 from tangent_peft.tuner.export_card import write_card
 from tangent_peft.tuner.layer import TangentLayer
-from tangent_peft.tuner.record import RECORD, MergedExport, describe_axes, describe_base
+from tangent_peft.tuner.record import RECORD, MergedExport, base_names, describe_axes, describe_base
 from tangent_peft.tuner.registration import PREFIX
 from tangent_peft.tuner.tokenizer import Tokenizer, find_tokenizer
 
@@ -43,7 +43,7 @@ class MergedOptions:
 
 def export_merged(tuner: AxisVerbs, path: Path, weights: dict[str, float], options: MergedOptions) -> MergedExport:
     """Saves the network at θ(λ) as an ordinary transformers model; see `AxisVerbs.export_merged`."""
-    check_place(path, options.overwrite, RECORD)
+    check_output(tuner, path, options.overwrite)
     base = transformers_base(tuner)
     calibration = calibrate(tuner, weights, options.calibration)
     with fresh_folder(path, options.overwrite, RECORD) as folder:
@@ -56,8 +56,8 @@ def export_merged(tuner: AxisVerbs, path: Path, weights: dict[str, float], optio
             calibration=calibration,
             tokenizer=tokenizer is not None,
         )
-        export.write_record(folder)
         write_card(folder, export)
+        export.write_record(folder)
     return export
 
 
@@ -80,13 +80,37 @@ def chosen_mix(tuner: AxisVerbs, weights: Mapping[str, float] | None) -> dict[st
     """The mix to export; the active one for `None`.
 
     Raises:
-        ValueError: for a merged model, an unknown axis, a λ that is not finite, or an axis that keeps extra modules.
+        ValueError: while adapters are disabled, for a merged model, an unknown axis, a λ that is not finite, or an axis
+            that keeps extra modules.
     """
+    if any(layer.disable_adapters for layer in tangent_layers(tuner.model)):
+        raise ValueError(
+            "Adapters are disabled, so what is measured for the export would be the base model. Export after the "
+            "`with model.disable_adapter():` block, or call `model.enable_adapter_layers()` first."
+        )
     if any(layer.merged for layer in tangent_layers(tuner.model)):
         raise ValueError("Axes are merged into the base weights. Call `model.unmerge_adapter()` before exporting.")
     chosen = check_weights(tuner, active_weights(tuner) if weights is None else weights)
     refuse_saved_modules(tuner, chosen)
     return chosen
+
+
+def check_output(tuner: AxisVerbs, path: Path, overwrite: bool) -> None:
+    """Whether an export may be written to `path`, before any work is done for it.
+
+    Raises:
+        FileExistsError: as `check_place`, or if the base model lies in `path`.
+        ValueError: as `check_place`.
+    """
+    check_place(path, overwrite, RECORD)
+    place = path.resolve()
+    for name in base_names(tuner):
+        source = Path(name).resolve()
+        if source.exists() and source.is_relative_to(place):
+            raise FileExistsError(
+                f"The base model {name!r}, on which the axes rest, lies in {path}, so `overwrite=True` does not "
+                "replace it. Name another folder."
+            )
 
 
 def write_model(
@@ -150,11 +174,7 @@ def _merged_state(
     unpack_state(base, state)
     for layer in layers:
         present = {name: scale for name, scale in weights.items() if name in layer.tangent_r and scale != 0.0}
-        weight = layer.get_base_weight()
-        for name, scale in present.items():
-            delta = layer.delta(name, scale)
-            weight = weight + layer._layout(delta).to(weight.device, weight.dtype)
         if present:
             key = layer.weight_name
-            state[key] = nn.Parameter(weight.to(state[key].dtype), requires_grad=False)
+            state[key] = nn.Parameter(layer.updated_weight(present, state[key].dtype), requires_grad=False)
     return state

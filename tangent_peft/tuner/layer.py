@@ -43,6 +43,11 @@ def itself(x: Tensor) -> Tensor:
     return x
 
 
+def widened(x: Tensor) -> Tensor:
+    """The same numbers in float32, or as they are in float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class TangentLayer(TangentHolder):
     """Abstract: what a tangent does to a wrapped layer's output, and merging it into the weight.
 
@@ -71,6 +76,16 @@ class TangentLayer(TangentHolder):
     def delta(self, adapter_name: str, scale: float) -> Tensor:
         """λ·ΔW (out, in) of an adapter at λ = `scale`."""
         return self.factors(adapter_name, scale).product()
+
+    @torch.no_grad()
+    def updated_weight(self, weights: Mapping[str, float], dtype: torch.dtype | None = None) -> Tensor:
+        """W + Σ λᵢ ΔWᵢ as the base layer stores W: summed in at least float32, rounded once, to `dtype` or W's."""
+        weight = self.get_base_weight()
+        total = widened(weight)
+        for name, scale in weights.items():
+            delta = self._layout(self.factors(name, scale, widened).product())
+            total = total + delta.to(total.device, total.dtype)
+        return total.to(weight.dtype if dtype is None else dtype)
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """λ·ΔW in the layout of the base weight, at the adapter's current λ."""
@@ -205,23 +220,24 @@ class TangentLayer(TangentHolder):
     # ---- merging -----------------------------------------------------------------------------------------------
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Adds λ·ΔW of the adapters to the base weight; a tied weight is untied first, the embedding keeps its own.
+        """Adds Σ λᵢ ΔWᵢ of the adapters to the base weight, which is rounded once for all that one call merges.
+
+        A tied weight is untied first; the embedding keeps its own.
 
         Raises:
             ValueError: with `safe_merge`, if the result is not finite; nothing has changed then.
         """
-        for name in check_adapters_to_merge(self, adapter_names):
-            if name not in self.tangent_r:
-                continue
-            delta = self.get_delta_weight(name)
-            weight = self.get_base_weight()
-            merged = weight + delta.to(weight.device, weight.dtype)
-            if safe_merge and not torch.isfinite(merged).all():
-                raise ValueError(f"NaNs detected in the merged weights. The adapter {name} seems to be broken")
-            self._set_merged(merged)
-            self.merged_adapters.append(name)
-            self.tangent_merged[name] = self.tangent_live.uniform(name)
-            self.tangent_live.merged.add(self.layer_name)
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.tangent_r]
+        if not names:
+            return
+        weights = {name: self.tangent_live.uniform(name) for name in names}
+        merged = self.updated_weight(weights)
+        if safe_merge and not torch.isfinite(merged).all():
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken")
+        self._set_merged(merged)
+        self.merged_adapters.extend(names)
+        self.tangent_merged.update(weights)
+        self.tangent_live.merged.add(self.layer_name)
 
     def _set_merged(self, merged: Tensor) -> None:
         base: Any = self.get_base_layer()

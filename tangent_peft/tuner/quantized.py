@@ -87,8 +87,7 @@ class TangentQuantized(TangentLayer):
         if self._kept is not None:
             _restore(self, *kept)
         scales = {**self.tangent_merged, **{name: self.tangent_live.uniform(name) for name in names}}
-        weight = self.get_base_weight()
-        merged = weight + sum(self.delta(name, scale).to(weight.device, weight.dtype) for name, scale in scales.items())
+        merged = self.updated_weight(scales)
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(f"NaNs detected in the merged weights. The adapters {names} seem to be broken")
         self._kept = kept

@@ -15,6 +15,7 @@ import torch
 from huggingface_hub import CommitInfo
 from transformers import PreTrainedModel
 
+from tangent_peft.tuner.atomic import files_in
 from tangent_peft.tuner.backends import quantized_layers, scheme
 from tangent_peft.tuner.calibration import Calibration
 from tangent_peft.tuner.fingerprint import fingerprint
@@ -85,8 +86,9 @@ class Export:
         return {"format": FORMAT, "kind": self.kind, "evaluation": "weights", "versions": _versions(), **record}
 
     def write_record(self, folder: Path) -> None:
-        """Writes `tangent_peft.json`."""
-        text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False)
+        """Writes `tangent_peft.json`, last: it lists the files of the export, all that overwriting may delete."""
+        record = {**self.to_dict(), "files": sorted({*files_in(folder), RECORD})}
+        text = json.dumps(record, indent=1, ensure_ascii=False)
         (folder / RECORD).write_text(text + "\n", encoding="utf-8")
 
     @property
@@ -189,12 +191,17 @@ def describe_axes(tuner: AxisVerbs, weights: dict[str, float]) -> dict[str, dict
     return {name: {key: vars(tuner.peft_config[name])[key] for key in keys} for name in weights}
 
 
+def base_names(tuner: AxisVerbs) -> list[str]:
+    """Where the base model was loaded from: what it says itself, then what each axis says, as far as they know."""
+    own = [tuner.model.name_or_path] if isinstance(tuner.model, PreTrainedModel) else []
+    return [name for name in (*own, *(c.base_model_name_or_path for c in tuner.peft_config.values())) if name]
+
+
 def describe_base(tuner: AxisVerbs) -> BaseModel:
     """The base model under the axes."""
     model = tuner.model
     known = isinstance(model, PreTrainedModel)
-    names = [config.base_model_name_or_path for config in tuner.peft_config.values()]
-    name = (model.name_or_path if known else None) or next((name for name in names if name), None)
+    name = next(iter(base_names(tuner)), None)
     dtype = str(model.config.dtype or model.dtype).removeprefix("torch.") if known else None
     schemes = {scheme(module, backend) for _, module, backend in quantized_layers(model)}
     return BaseModel(name, type(model).__name__, dtype, " + ".join(sorted(schemes)) or None, fingerprint(model))

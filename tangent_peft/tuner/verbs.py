@@ -220,7 +220,8 @@ class AxisVerbs(BaseTuner):
             tokenizer: tokenizer or processor to save beside the model; `None`: the one saved with the base, if it lies
                 on this machine.
             max_shard_size: largest size of one weight file.
-            overwrite: replace an earlier export in `path`; no other folder is ever replaced.
+            overwrite: replace an earlier export in `path`; no other folder is ever replaced, nor one that holds files
+                which the export did not write, or the base model of the axes.
             calibration: batches of model inputs to measure the linearity gap on; `True`: a short sample of the base
                 model itself (4 rows of 32 tokens); `False`: not measured, for models on which that is too slow.
 
@@ -228,8 +229,8 @@ class AxisVerbs(BaseTuner):
             What was written, with the gap; it prints, and has a `push_to_hub`.
 
         Raises:
-            ValueError: if the base is not a transformers model, an axis keeps extra modules (`modules_to_save`), a
-                quantized layer can not be dequantized, or `calibration` has no tokens.
+            ValueError: if the base is not a transformers model, adapters are disabled or merged, an axis keeps extra
+                modules (`modules_to_save`), a quantized layer can not be dequantized, or `calibration` has no tokens.
             FileExistsError: if `path` is a file, or a folder with content that may not be replaced.
         """
         options = MergedOptions(tokenizer, max_shard_size, overwrite, calibration)
@@ -269,8 +270,9 @@ class AxisVerbs(BaseTuner):
             What was written: rank, relative error, gap; it prints, with vLLM's flags, and has a `push_to_hub`.
 
         Raises:
-            ValueError: for an empty mix, a rank that is none, an axis that keeps extra modules, a rank or a layer that
-                the server does not take, `head="refuse"` with such a tangent, or `calibration` without tokens.
+            ValueError: for an empty mix, adapters that are disabled or merged, a rank that is none, an axis that keeps
+                extra modules, a rank or a layer that the server does not take, `head="refuse"` with such a tangent, or
+                `calibration` without tokens.
             FileExistsError: as of `export_merged`.
         """
         options = LoraOptions(rank, head, server, overwrite, calibration)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tangent_peft.tuner.atomic import fresh_folder
+from tangent_peft.tuner.atomic import files_in, fresh_folder
 
 
 MARKER = "record.json"
@@ -18,16 +19,21 @@ MARKER = "record.json"
 
 def write(path: Path, text: str = "new", overwrite: bool = False) -> None:
     with fresh_folder(path, overwrite, MARKER) as folder:
-        (folder / MARKER).write_text(text)
+        (folder / MARKER).write_text(record(text))
         (folder / "inner").mkdir()
         (folder / "inner" / "weights").write_text(text)
+
+
+def record(text: str) -> str:
+    return json.dumps({"text": text, "files": ["inner/weights"]})
 
 
 def content(path: Path) -> dict[str, str]:
     return {file.relative_to(path).as_posix(): file.read_text() for file in path.rglob("*") if file.is_file()}
 
 
-NEW = {MARKER: "new", "inner/weights": "new"}
+NEW = {MARKER: record("new"), "inner/weights": "new"}
+OLD = {MARKER: record("old"), "inner/weights": "old"}
 
 
 @pytest.mark.parametrize("existing", [False, True])
@@ -44,9 +50,10 @@ def test_new_folder(existing: bool, tmp_path: Path) -> None:
 
 
 def test_overwriting_leaves_nothing_of_the_old_folder(tmp_path: Path) -> None:
-    write(tmp_path / "out", "old")
-    (tmp_path / "out" / "model-00002-of-00002").write_text("an old shard")
-    with pytest.raises(FileExistsError, match=r"holds \['inner', 'model-00002.*\(3 entries\).*overwrite=True"):
+    with fresh_folder(tmp_path / "out", False, MARKER) as folder:
+        (folder / "model-00002-of-00002").write_text("an old shard")
+        (folder / MARKER).write_text(json.dumps({"files": [MARKER, "model-00002-of-00002"]}))
+    with pytest.raises(FileExistsError, match=r"holds \['model-00002.*\(2 entries\).*overwrite=True"):
         write(tmp_path / "out")
     write(tmp_path / "out", overwrite=True)
     assert content(tmp_path / "out") == NEW and [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -57,6 +64,45 @@ def test_other_folders_are_never_replaced(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match=r"holds \['thesis.tex'\].*no record\.json.*remove it yourself"):
         write(tmp_path, overwrite=True)
     assert content(tmp_path) == {"thesis.tex": "years of work"}
+
+
+@pytest.mark.parametrize("added", ["notes.txt", "inner/axis.safetensors", "verb/LOADING.md", ".cache/etag"])
+def test_what_was_added_to_a_folder_is_never_deleted(added: str, tmp_path: Path) -> None:
+    write(tmp_path / "out", "old")
+    (tmp_path / "out" / "empty").mkdir()
+    place = tmp_path / "out" / added
+    place.parent.mkdir(exist_ok=True)
+    place.write_text("years of work")
+    with pytest.raises(
+        FileExistsError, match=rf"\['{added}'\] \(1 files\).*record\.json does not list.*move them away"
+    ):
+        write(tmp_path / "out", overwrite=True)
+    assert content(tmp_path / "out") == OLD | {added: "years of work"}
+    place.unlink()
+    write(tmp_path / "out", overwrite=True)
+    assert content(tmp_path) == {f"out/{name}": text for name, text in NEW.items()}
+
+
+def test_a_link_in_a_folder_is_a_file_of_its_own(tmp_path: Path) -> None:
+    write(tmp_path / "out", "old")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "file").write_text("")
+    (tmp_path / "out" / "link").symlink_to(tmp_path / "elsewhere")
+    assert files_in(tmp_path / "out") == {MARKER, "inner/weights", "link"}
+    with pytest.raises(FileExistsError, match=r"\['link'\]"):
+        write(tmp_path / "out", overwrite=True)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", "not JSON"])
+def test_a_record_that_lists_no_files(text: str, tmp_path: Path) -> None:
+    """Nobody knows what belongs to it: only a folder with nothing else in it is replaced."""
+    write(tmp_path / "out", "old")
+    (tmp_path / "out" / MARKER).write_text(text)
+    with pytest.raises(FileExistsError, match=r"inner/weights"):
+        write(tmp_path / "out", overwrite=True)
+    (tmp_path / "out" / "inner" / "weights").unlink()
+    write(tmp_path / "out", overwrite=True)
+    assert content(tmp_path / "out") == NEW
 
 
 def test_places_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +132,7 @@ def test_an_error_inside(error: BaseException, tmp_path: Path) -> None:
         with pytest.raises(type(error)), fresh_folder(tmp_path / place, True, MARKER) as folder:
             (folder / MARKER).write_text("half")
             raise error
-    assert content(tmp_path / "out")[MARKER] == "old"
+    assert content(tmp_path / "out") == OLD
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -105,7 +151,7 @@ def test_an_error_while_moving(failing: int, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(Path, "rename", unreliable)
     with pytest.raises(OSError, match="busy"):
         write(tmp_path / "out", overwrite=True)
-    assert content(tmp_path / "out")[MARKER] == "old"
+    assert content(tmp_path / "out") == OLD
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -114,7 +160,7 @@ def test_someone_faster(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError, match="exists"), fresh_folder(tmp_path / "out", False, MARKER) as folder:
         (folder / MARKER).write_text("slow")
         write(tmp_path / "out", "fast")
-    assert content(tmp_path / "out")[MARKER] == "fast"
+    assert content(tmp_path / "out")["inner/weights"] == "fast"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
@@ -133,6 +179,6 @@ def test_a_killed_process(tmp_path: Path) -> None:
     source = Path(sys.modules[fresh_folder.__module__].__file__ or "")
     run = subprocess.run([sys.executable, "-c", script, str(source), str(tmp_path / "out")], check=False)
     assert run.returncode == -signal.SIGKILL
-    assert content(tmp_path / "out")[MARKER] == "old"
+    assert content(tmp_path / "out") == OLD
     left = [path.name for path in tmp_path.iterdir() if path.name != "out"]
     assert len(left) == 1 and left[0].startswith(".out.") and left[0].endswith(".partial")

@@ -22,6 +22,8 @@ from transformers import (
 )
 
 from tangent_peft import TangentConfig
+from tangent_peft.tuner.atomic import files_in
+from tangent_peft.tuner.layer import TangentLayer
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:The head '.*' is tied to the input embedding")
@@ -86,6 +88,33 @@ def test_merged_keeps_the_dtype_and_the_generation_config(tmp_path: Path) -> Non
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert loaded.dtype == torch.bfloat16 and loaded.generation_config.max_new_tokens == 17
     assert_equal(logits(loaded, **INPUTS), at_weights(model, {"default": 1.0}))
+
+
+@pytest.mark.filterwarnings("ignore:The head is tied")
+def test_merged_rounds_once(tmp_path: Path) -> None:
+    """Three axes on a bfloat16 base: every weight is the nearest to the sum, exported and merged in memory."""
+    base = build("untied").to(torch.bfloat16)
+    model = get_peft_model(base, config("dense"), adapter_name="help")
+    model.add_adapter("verb", config("trained"))
+    model.add_adapter("terse", config("shared"))
+    weights = {"help": 0.7, "verb": -0.6, "terse": 0.9}
+    expected, summed = {}, {}
+    for layer in (module for module in model.modules() if isinstance(module, TangentLayer)):
+        weight = layer.get_base_weight().double()
+        for name, scale in weights.items():
+            factors = layer.factors(name, 1.0)
+            dense = factors.b.double() @ factors.a.double() if factors.dense is None else factors.dense.double()
+            weight = weight + scale * layer._layout(dense).detach()
+        expected[layer.weight_name] = weight.to(torch.bfloat16)
+        summed[layer.weight_name] = layer
+    model.export_merged(tmp_path, weights, calibration=False)
+    written = load_file(tmp_path / "model.safetensors")
+    model.combine_axes(weights)
+    model.merge_adapter()
+    for found in (written, {name: layer.get_base_weight() for name, layer in summed.items()}):
+        same = torch.cat([(found[name] == weight).flatten() for name, weight in expected.items()])
+        assert same.double().mean() > 0.999
+    assert all(written[name].dtype == torch.bfloat16 for name in expected)
 
 
 def test_merged_beside_an_axis_that_keeps_modules(tmp_path: Path) -> None:
@@ -161,6 +190,7 @@ def test_record_and_card(verb: str, tmp_path: Path) -> None:
     assert record["base"]["fingerprint"] == model.peft_config["help"].base_fingerprint
     assert record["base"]["name"] == "me/base" and record["base"]["dtype"] == "float32"
     assert record["calibration"]["gap"]["gap"] == export.gap.gap > 0
+    assert set(record["files"]) == files_in(tmp_path / "out")
     assert set(record["versions"]) == {"tangent_peft", "torch", "transformers", "peft"}
     card = (tmp_path / "out" / "README.md").read_text()
     stated = [
@@ -186,6 +216,20 @@ class TestErrors:
         model.merge_adapter()
         with pytest.raises(ValueError, match="unmerge_adapter"):
             getattr(model, verb)(tmp_path)
+
+    def test_disabled_adapters(self, verb: str, tmp_path: Path) -> None:
+        """The gap would be that of the base, 0."""
+        model = two_axes()
+        with model.disable_adapter():
+            for weights in (WEIGHTS, None):
+                with pytest.raises(ValueError, match=r"Adapters are disabled.*disable_adapter.*enable_adapter_layers"):
+                    getattr(model, verb)(tmp_path / "out", weights)
+        model.disable_adapter_layers()
+        with pytest.raises(ValueError, match="Adapters are disabled"):
+            getattr(model, verb)(tmp_path / "out", WEIGHTS)
+        assert not (tmp_path / "out").exists()
+        model.enable_adapter_layers()
+        assert getattr(model, verb)(tmp_path / "out", WEIGHTS).gap.gap > 0
 
     def test_modules_to_save(self, verb: str, tmp_path: Path) -> None:
         model = tangent_model("llama", "shared", modules_to_save=["model.norm"])
@@ -219,6 +263,36 @@ class TestErrors:
         getattr(model, verb)(tmp_path / "out", {"help": 2.0}, calibration=False, overwrite=True)
         assert '"help": 2.0' in (tmp_path / "out" / "tangent_peft.json").read_text()
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+    def test_an_axis_saved_into_an_export(self, verb: str, tmp_path: Path) -> None:
+        """Overwriting would delete it; so would it one of the name "default", which goes to the folder itself."""
+        for axis in ("verb", "default"):
+            model, out = tangent_model("llama", "shared", axis=axis), tmp_path / axis
+            getattr(model, verb)(out, calibration=False)
+            model.save_pretrained(out)
+            before = {name: (out / name).read_bytes() for name in files_in(out)}
+            with pytest.raises(FileExistsError, match=r"LOADING\.md|adapter_config\.json"):
+                getattr(model, verb)(out, calibration=False, overwrite=True)
+            assert {name: (out / name).read_bytes() for name in files_in(out)} == before
+
+    def test_the_base_of_the_axes(self, verb: str, tmp_path: Path) -> None:
+        """Known of the model, or of an axis that was loaded."""
+        tangent_model("llama", "shared").export_lora(tmp_path / "out", head="merge", calibration=False)
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "base")
+        model = get_peft_model(base, config("shared", lm_head=False))
+        for name in (base.name_or_path, ""):
+            base.name_or_path = name
+            assert model.peft_config["default"].base_model_name_or_path == str(tmp_path / "out" / "base")
+            for place, message in [("out", r"The base model '.*base'.*lies in"), ("out/base", "no earlier export")]:
+                with pytest.raises(FileExistsError, match=message):
+                    getattr(model, verb)(tmp_path / place, calibration=False, overwrite=True)
+        assert (tmp_path / "out" / "base" / "model.safetensors").is_file()
+
+    def test_a_model_over_itself(self, verb: str, tmp_path: Path) -> None:
+        tangent_model("llama", "shared").export_merged(tmp_path / "out", calibration=False)
+        base = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        with pytest.raises(FileExistsError, match=r"The base model '.*out'.*lies in"):
+            getattr(get_peft_model(base, config("shared")), verb)(tmp_path / "out", calibration=False, overwrite=True)
 
     def test_a_failure_in_the_middle(self, verb: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """The weights are written, the card is not: the old export is still there, and nothing of the new one."""
