@@ -54,7 +54,7 @@ def save_sweep(
         ValueError: for no points, or a number that is not finite.
         OSError: if the file can not be written.
     """
-    path = Path(path)
+    path = Path(path).resolve()  # of a link, what it points to
     if not points:
         raise ValueError(f"The sweep to be written to {path} has no points. Run `sweep` with at least one mix.")
     document = {
@@ -106,7 +106,7 @@ def load_sweep(path: str | Path) -> SavedSweep:
         )
     try:
         points = [_point(entry) for entry in document["points"]]
-        questions, labels = list(map(str, document["questions"])), dict(document["labels"])
+        questions, labels = _texts(document["questions"], "questions"), dict(document["labels"])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} is damaged: {error!r}. Run the sweep again.") from None
     if not points:
@@ -117,14 +117,25 @@ def load_sweep(path: str | Path) -> SavedSweep:
 def _point(entry: Mapping[str, Any]) -> SweepPoint:
     if entry["evaluation"] not in EVALUATIONS:
         raise ValueError(f"evaluation {entry['evaluation']!r}")
+    answers, lengths = _texts(entry["answers"], "answers"), entry["lengths"]
+    if not isinstance(lengths, list) or not all(type(length) is int for length in lengths):
+        raise ValueError(f"lengths {lengths!r}")
+    if len(lengths) != len(answers):
+        raise ValueError(f"{len(lengths)} lengths of {len(answers)} answers")
     return SweepPoint(
         weights=_numbers(entry["weights"]),
         evaluation=entry["evaluation"],
         scores=_numbers(entry["scores"]),
-        answers=[str(answer) for answer in entry["answers"]],
-        lengths=[int(length) for length in entry["lengths"]],
-        gap=None if entry.get("gap") is None else float(entry["gap"]),
+        answers=answers,
+        lengths=lengths,
+        gap=None if entry.get("gap") is None else _numbers({"gap": entry["gap"]})["gap"],
     )
+
+
+def _texts(entries: Any, name: str) -> list[str]:
+    if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
+        raise ValueError(f"{name} {entries!r}")
+    return entries
 
 
 def _numbers(entries: Mapping[str, Any]) -> dict[str, float]:

@@ -120,9 +120,10 @@ class LinearizedForward:
             refuse_hub_kernels(opened)
             derive_attention(opened)
             derive_host_code(opened)
-            derive_norms(opened)
-            derive_rotations(opened)
             derive_experts(opened)
+            if not torch.is_grad_enabled():  # recorded, they would keep more than what they stand for
+                derive_norms(opened)
+                derive_rotations(opened)
             if root.training:  # transformers checkpoints in train mode only
                 replay_blocks(opened, self._gradient(), self._forced is None, kwargs)
             freeze_input(opened)

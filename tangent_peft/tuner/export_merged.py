@@ -24,6 +24,7 @@ from tangent_peft.tuner.export_card import write_card
 from tangent_peft.tuner.layer import TangentLayer
 from tangent_peft.tuner.record import RECORD, MergedExport, base_names, describe_axes, describe_base
 from tangent_peft.tuner.registration import PREFIX
+from tangent_peft.tuner.stored import check_tangents
 from tangent_peft.tuner.tokenizer import Tokenizer, find_tokenizer
 
 
@@ -80,8 +81,8 @@ def chosen_mix(tuner: AxisVerbs, weights: Mapping[str, float] | None) -> dict[st
     """The mix to export; the active one for `None`.
 
     Raises:
-        ValueError: while adapters are disabled, for a merged model, an unknown axis, a λ that is not finite, or an axis
-            that keeps extra modules.
+        ValueError: while adapters are disabled, for a merged model, an unknown axis, a λ or a tangent that is not
+            finite, or an axis that keeps extra modules.
     """
     if any(layer.disable_adapters for layer in tangent_layers(tuner.model)):
         raise ValueError(
@@ -92,6 +93,7 @@ def chosen_mix(tuner: AxisVerbs, weights: Mapping[str, float] | None) -> dict[st
         raise ValueError("Axes are merged into the base weights. Call `model.unmerge_adapter()` before exporting.")
     chosen = check_weights(tuner, active_weights(tuner) if weights is None else weights)
     refuse_saved_modules(tuner, chosen)
+    check_tangents(tuner, chosen)
     return chosen
 
 

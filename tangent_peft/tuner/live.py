@@ -7,14 +7,13 @@ layers nor models.
 
 from __future__ import annotations
 
-import copy
-import weakref
+import threading
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 class RowWeights(tuple[float, ...]):
@@ -24,8 +23,9 @@ class RowWeights(tuple[float, ...]):
 
 
 Weight: TypeAlias = float | RowWeights
-#: How the rows of a batch may lie in an input: (B, T, …); (B·T, D), all tokens in their order; (B, D), one entry each.
-RowLayout: TypeAlias = Literal["batch", "tokens", "rows"]
+#: How the rows of a batch may lie in an input: (B, S, …) with any S, or with that of the model's input alone;
+#: (B·T, D), all tokens in their order; (B, D), one entry for each.
+RowLayout: TypeAlias = Literal["batch", "exact", "tokens", "rows"]
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Rows:
         self.batch, self.length = batch, shape[1] if len(shape) > 1 else 1
 
     def apply(self, weights: RowWeights, x: Tensor, name: str, layouts: Set[RowLayout]) -> Tensor:
-        """λ of each row times x, in which rows lie as (B, T, …), (B·T, …) or (B, …); 0 where λ is, whatever x is.
+        """λ of each row times x, in which rows lie as `layouts` says; 0 where λ is, whatever x is.
 
         Args:
             weights: λ of each mix.
@@ -78,9 +78,13 @@ class Rows:
                 f"{self.mixes} mixes is whose. Call the whole model, or run the rows of each mix as a batch of "
                 "their own, inside `with model.axes({...}):`. Gradient checkpointing calls layers again later, too."
             )
-        sizes = {"batch": self.batch, "tokens": self.batch * self.length, "rows": self.batch}
-        known = {sizes[layout] for layout in layouts if (layout == "batch") == (x.ndim > 2)}
-        if x.shape[0] not in known:
+        batch, length = self.batch, self.length
+        if x.ndim > 2:
+            found = x.shape[0] == batch and ("batch" in layouts or ("exact" in layouts and x.shape[1] == length))
+        else:
+            sizes = {"tokens": batch * length, "rows": batch}
+            found = x.shape[0] in {sizes[layout] for layout in layouts & sizes.keys()}
+        if not found:
             raise ValueError(
                 f"Layer {name!r} has values of shape {tuple(x.shape)}, in which the {self.batch} rows of "
                 f"{self.length} tokens can not be told apart, so they can not have a mix each. Run the rows of each "
@@ -111,7 +115,8 @@ class LiveMix:
         forced: the evaluation that `TangentModel.linearized(...)` chose, or `None`.
         training: the axes of which a tangent may train. One that does is in here; one in here may not.
         merged: names of the layers into whose weight an axis is merged.
-        root: the model whose layers read this.
+        calling: the thread that is in a call with mixes of its own, whose end other threads wait for.
+        turn: held by that thread.
     """
 
     active: list[str]
@@ -120,19 +125,15 @@ class LiveMix:
     forced: bool | None = None
     training: set[str] = field(default_factory=set)
     merged: set[str] = field(default_factory=set)
-    root: weakref.ref[nn.Module] | None = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> LiveMix:
-        """A copy for a copy of the whole model; itself for that of a block, which may be put beside its original."""
-        root = None if self.root is None else self.root()
-        if root is not None and id(root) not in memo:
-            return self
-        kept = {name: copy.deepcopy(value, memo) for name, value in self.__getstate__().items()}
-        return LiveMix(**kept)
+    calling: int | None = None
+    turn: threading.RLock = field(default_factory=threading.RLock)
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but the model, which is told with its next call."""
-        return {name: None if name == "root" else value for name, value in vars(self).items()}
+        """What a copy takes along; no thread is in a call of that one."""
+        return {name: value for name, value in vars(self).items() if name not in ("turn", "calling")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, turn=threading.RLock(), calling=None)
 
     def uniform(self, name: str) -> float:
         """λ of an axis where all rows have the same.

@@ -7,7 +7,7 @@ the axis adds by the number of the row. A hook on the model tells where the rows
 
 from __future__ import annotations
 
-import weakref
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MethodType
@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tangent_peft.forward.structure import Structure
 from tangent_peft.tuner import axes
+from tangent_peft.tuner.layer import TangentLayer
 from tangent_peft.tuner.live import LiveMix, RowLayout, Rows, row_weights
 from tangent_peft.tuner.targets import head_name, text_decoder
 
@@ -95,8 +97,14 @@ def rows_of_call(tuner: AxisVerbs, kwargs: Mapping[str, Any]) -> Iterator[None]:
     if mixes is None:
         yield
         return
-    with mixed_rows(tuner, mixes):
-        yield
+    live = tuner.tangent_live
+    with live.turn:  # calls of several threads, each with mixes of its own, wait for each other
+        before, live.calling = live.calling, threading.get_ident()
+        try:
+            with mixed_rows(tuner, mixes):
+                yield
+        finally:
+            live.calling = before
 
 
 @contextmanager
@@ -126,7 +134,7 @@ def note_layouts(model: nn.Module, blocks: tuple[str, int] | None) -> None:
     The blocks of a transformers model get (B, T, D), or all tokens in their order; what is above them also one pooled
     entry per row. A layer in another `ModuleList` or `ModuleDict` may be an expert: even where it gets as many tokens
     as there are, nothing tells their order. Beside the text decoder of a model with images nothing is known: an image
-    is no row.
+    is no row. Of a model that is not of transformers little is known.
 
     Args:
         model: the wrapped model.
@@ -137,12 +145,16 @@ def note_layouts(model: nn.Module, blocks: tuple[str, int] | None) -> None:
     experts = tuple(f"{name}." for name in lists if name != own)
     beside = _beside_the_decoder(model)
     for layer in axes.tangent_layers(model):
-        flat: set[RowLayout] = {"tokens"}
-        if layer.layer_name.startswith(experts):
-            flat = set()
-        elif own is not None and not layer.layer_name.startswith(f"{own}."):
-            flat = {"tokens", "rows"}
-        layer.tangent_rows = frozenset() if layer in beside else frozenset({"batch", *flat})
+        known: set[RowLayout] = {"batch", "tokens"}
+        if layer in beside:
+            known = set()
+        elif layer.layer_name.startswith(experts):
+            known = {"exact" if own is None else "batch"}
+        elif own is None:
+            known = {"exact", "tokens"}
+        elif not layer.layer_name.startswith(f"{own}."):
+            known = {"batch", "tokens", "rows"}
+        layer.tangent_rows = frozenset(known)
 
 
 def _beside_the_decoder(model: nn.Module) -> set[nn.Module]:
@@ -165,7 +177,7 @@ class RowForward:
 
     def __init__(self, root: nn.Module, live: LiveMix) -> None:
         self.live = live
-        live.root = weakref.ref(root)
+        self._structure: Structure | None = None
         self.handles = [
             root.register_forward_pre_hook(self._enter, with_kwargs=True),
             root.register_forward_hook(self._leave, always_call=True),
@@ -183,8 +195,10 @@ class RowForward:
             handle.remove()
 
     def _enter(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self.live.root is None:  # the model is a copy, or was unpickled
-            self.live.root = weakref.ref(root)
+        if self.live.calling not in (None, threading.get_ident()):
+            with self.live.turn:
+                pass
+        self._take_in_copies(root)
         given = kwargs.pop(KEYWORD, None)
         if self.live.rows is not None:
             self.live.rows.enter(_input_shape(args, kwargs))
@@ -192,9 +206,19 @@ class RowForward:
             raise ValueError(_NOT_OPEN.format(type(root).__name__))
         return args, kwargs
 
+    def _take_in_copies(self, root: nn.Module) -> None:
+        """A wrapped layer that was copied into the model, as depth up-scaling does, came with λ of its own."""
+        self._structure = Structure.of(root, self._structure)
+        for layer in self._structure.select(_is_wrapped):
+            layer.tangent_live = self.live
+
     def _leave(self, root: nn.Module, args: Any, output: Any) -> None:
         if self.live.rows is not None:
             self.live.rows.batch = None
+
+
+def _is_wrapped(module: nn.Module) -> bool:
+    return isinstance(module, TangentLayer)
 
 
 _NOT_OPEN = (

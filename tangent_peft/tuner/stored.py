@@ -88,6 +88,11 @@ def check_sources(tuner: AxisVerbs, names: Sequence[str], adapter_name: str) -> 
         )
     refuse_saved_modules(tuner, names)
     check_unmerged(tuner)
+    check_tangents(tuner, names)
+
+
+def check_tangents(tuner: AxisVerbs, names: Iterable[str]) -> None:
+    """Raises a `ValueError` for a tangent that is not finite, or is sharded over processes."""
     for layer in tangent_layers(tuner.model):
         for name in names:
             _check_tangent(layer, name)

@@ -234,7 +234,7 @@ class AxisVerbs(BaseTuner):
             FileExistsError: if `path` is a file, or a folder with content that may not be replaced.
         """
         options = MergedOptions(tokenizer, max_shard_size, overwrite, calibration)
-        return export_merged.export_merged(self, Path(path), chosen_mix(self, weights), options)
+        return export_merged.export_merged(self, Path(path).absolute(), chosen_mix(self, weights), options)
 
     def export_lora(
         self,
@@ -276,4 +276,4 @@ class AxisVerbs(BaseTuner):
             FileExistsError: as of `export_merged`.
         """
         options = LoraOptions(rank, head, server, overwrite, calibration)
-        return export_lora.export_lora(self, Path(path), chosen_mix(self, weights), options)
+        return export_lora.export_lora(self, Path(path).absolute(), chosen_mix(self, weights), options)

@@ -131,20 +131,21 @@ def test_training_again_after_a_mix() -> None:
 
 
 def test_a_block_copied_into_the_model_reads_its_mix() -> None:
-    """As in depth up-scaling. A copy of the whole model has a mix of its own."""
-    model = two_axes(2)
+    """As in depth up-scaling, from the next forward on. Copies of the model or of a part have a mix of their own."""
+    model, inputs = two_axes(2), {**batch("right"), "use_cache": False}
     model.combine_axes({"help": 1.0})
-    blocks = model.get_base_model().model.layers
-    blocks.append(copy.deepcopy(blocks[1]))
-    assert len({id(layer.tangent_live) for layer in tangent_layers(model)}) == 1
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert {id(layer.tangent_live) for layer in tangent_layers(other)} == {id(other.base_model.tangent_live)}
-        other.combine_axes({"verb": 1.0})
-        assert (model.axis_weights, other.axis_weights) == ({"help": 1.0}, {"verb": 1.0})
-        logits(other, **batch("right"), use_cache=False)
-        again = copy.deepcopy(other)
-        again.combine_axes({})
-        assert other.axis_weights == {"verb": 1.0}
+    part = copy.deepcopy(model.get_base_model().model)
+    for changed in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        blocks = changed.get_base_model().model.layers
+        blocks.append(copy.deepcopy(blocks[1]))
+        changed.combine_axes({})
+        plain = changed.unload() if changed is not model else None
+        found = logits(changed, **inputs)
+        assert {id(layer.tangent_live) for layer in tangent_layers(changed)} <= {id(changed.base_model.tangent_live)}
+        if plain is not None:
+            assert torch.equal(found, logits(plain, **inputs))
+        assert tangent_layers(part)[0].tangent_live.active == ["help"]
+        model.combine_axes({"help": 1.0})
 
 
 def test_an_axis_trains_on_beside_a_frozen_one(tmp_path: Path) -> None:
