@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from tangent_peft.cli.demo_session import DemoSession
 from tangent_peft.cli.saved_axes import find_axes, is_smollm2, load_axes, load_base, one_base
 from tangent_peft.evaluate import SavedSweep, load_sweep
-from tangent_peft.tuner.tokenizer import find_tokenizer
+from tangent_peft.tuner.export.tokenizer import find_tokenizer
 
 
 def load_demo(paths: Sequence[str], base: str | None = None, sweep: Path | None = None) -> DemoSession:

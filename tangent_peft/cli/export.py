@@ -9,10 +9,10 @@ from typing import Any
 from peft import PeftModel
 
 from tangent_peft.cli.saved_axes import axis_config, load_axes, load_base, one_base
-from tangent_peft.tuner.atomic import check_place
-from tangent_peft.tuner.calibration import CalibrationData
-from tangent_peft.tuner.record import RECORD, Export
-from tangent_peft.tuner.tokenizer import find_tokenizer
+from tangent_peft.tuner.export.atomic import check_place
+from tangent_peft.tuner.export.calibration import CalibrationData
+from tangent_peft.tuner.export.record import RECORD, Export
+from tangent_peft.tuner.export.tokenizer import find_tokenizer
 
 
 @dataclass(frozen=True)

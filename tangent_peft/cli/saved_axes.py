@@ -16,7 +16,7 @@ from peft import PeftConfig, PeftModel, PeftType, TaskType
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from tangent_peft.cli.smollm2 import load_smollm2
-from tangent_peft.tuner.export_card import is_repository
+from tangent_peft.tuner.export.card import is_repository
 from tangent_peft.tuner.registration import NAME
 
 

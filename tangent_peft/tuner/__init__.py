@@ -7,14 +7,14 @@ from tangent_peft.tuner.axes import tangent_tuner as tangent_tuner
 from tangent_peft.tuner.config import TangentConfig as TangentConfig
 from tangent_peft.tuner.embedding import TangentEmbedding as TangentEmbedding
 from tangent_peft.tuner.experts import TangentExperts as TangentExperts
+from tangent_peft.tuner.export.record import LoraExport as LoraExport
+from tangent_peft.tuner.export.record import MergedExport as MergedExport
 from tangent_peft.tuner.layer import TangentLayer as TangentLayer
 from tangent_peft.tuner.linear import TangentConv1D as TangentConv1D
 from tangent_peft.tuner.linear import TangentLinear as TangentLinear
 from tangent_peft.tuner.linearity import LinearityGap as LinearityGap
 from tangent_peft.tuner.linearity import linearity_gap as linearity_gap
 from tangent_peft.tuner.model import TangentModel as TangentModel
-from tangent_peft.tuner.record import LoraExport as LoraExport
-from tangent_peft.tuner.record import MergedExport as MergedExport
 from tangent_peft.tuner.registration import register
 
 

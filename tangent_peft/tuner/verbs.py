@@ -10,16 +10,18 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor
 
-from tangent_peft.tuner import algebra, axes, combine, export_lora, export_merged, rows, stored
-from tangent_peft.tuner.calibration import CalibrationData
+from tangent_peft.tuner import algebra, axes, combine, rows, stored
 from tangent_peft.tuner.combine import CombinationType, MajoritySign
 from tangent_peft.tuner.config import TangentConfig
-from tangent_peft.tuner.export_lora import Head, LoraOptions
-from tangent_peft.tuner.export_merged import MergedOptions, chosen_mix
+from tangent_peft.tuner.export.calibration import CalibrationData
+from tangent_peft.tuner.export.lora import Head, LoraOptions
+from tangent_peft.tuner.export.lora import export_lora as write_lora
+from tangent_peft.tuner.export.merged import MergedOptions, chosen_mix
+from tangent_peft.tuner.export.merged import export_merged as write_merged
+from tangent_peft.tuner.export.record import LoraExport, MergedExport
+from tangent_peft.tuner.export.servers import Server
+from tangent_peft.tuner.export.tokenizer import Tokenizer
 from tangent_peft.tuner.live import LiveMix
-from tangent_peft.tuner.record import LoraExport, MergedExport
-from tangent_peft.tuner.servers import Server
-from tangent_peft.tuner.tokenizer import Tokenizer
 
 
 class AxisVerbs(BaseTuner):
@@ -234,7 +236,7 @@ class AxisVerbs(BaseTuner):
             FileExistsError: if `path` is a file, or a folder with content that may not be replaced.
         """
         options = MergedOptions(tokenizer, max_shard_size, overwrite, calibration)
-        return export_merged.export_merged(self, Path(path).absolute(), chosen_mix(self, weights), options)
+        return write_merged(self, Path(path).absolute(), chosen_mix(self, weights), options)
 
     def export_lora(
         self,
@@ -276,4 +278,4 @@ class AxisVerbs(BaseTuner):
             FileExistsError: as of `export_merged`.
         """
         options = LoraOptions(rank, head, server, overwrite, calibration)
-        return export_lora.export_lora(self, Path(path).absolute(), chosen_mix(self, weights), options)
+        return write_lora(self, Path(path).absolute(), chosen_mix(self, weights), options)

@@ -16,19 +16,19 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
 
-from tangent_peft.tuner.atomic import fresh_folder
 from tangent_peft.tuner.axes import tangent_layers
-from tangent_peft.tuner.calibration import CalibrationData, calibrate
 from tangent_peft.tuner.decompose import Pair, Rank, check_rank, decompose, pad, relative, shared_rank, squared_errors
 from tangent_peft.tuner.embedding import TangentEmbedding
 from tangent_peft.tuner.experts import TangentExperts
-from tangent_peft.tuner.export_card import write_card
-from tangent_peft.tuner.export_merged import MergedOptions, check_output, transformers_base, write_model
+from tangent_peft.tuner.export.atomic import fresh_folder
+from tangent_peft.tuner.export.calibration import CalibrationData, calibrate
+from tangent_peft.tuner.export.card import write_card
+from tangent_peft.tuner.export.loadable import check_called, loadable
+from tangent_peft.tuner.export.lora_format import lora_state
+from tangent_peft.tuner.export.merged import MergedOptions, check_output, transformers_base, write_model
+from tangent_peft.tuner.export.record import RECORD, LoraExport, describe_axes, describe_base
+from tangent_peft.tuner.export.servers import Contents, Server, check_contents, check_server, served_rank, vllm_rank
 from tangent_peft.tuner.layer import TangentLayer
-from tangent_peft.tuner.loadable import check_called, loadable
-from tangent_peft.tuner.lora_format import lora_state
-from tangent_peft.tuner.record import RECORD, LoraExport, describe_axes, describe_base
-from tangent_peft.tuner.servers import Contents, Server, check_contents, check_server, served_rank, vllm_rank
 from tangent_peft.tuner.stored import mix_factors, without_zeros
 from tangent_peft.tuner.targets import head_name
 from tangent_peft.tuner.weights import TangentFactors

@@ -15,13 +15,13 @@ import torch
 from huggingface_hub import CommitInfo
 from transformers import PreTrainedModel
 
-from tangent_peft.tuner.atomic import files_in
 from tangent_peft.tuner.backends import quantized_layers, scheme
-from tangent_peft.tuner.calibration import Calibration
+from tangent_peft.tuner.export.atomic import files_in
+from tangent_peft.tuner.export.calibration import Calibration
+from tangent_peft.tuner.export.servers import vllm_rank
+from tangent_peft.tuner.export.upload import UploadOptions, upload
 from tangent_peft.tuner.fingerprint import fingerprint
 from tangent_peft.tuner.linearity import LinearityGap
-from tangent_peft.tuner.servers import vllm_rank
-from tangent_peft.tuner.upload import UploadOptions, upload
 
 
 if TYPE_CHECKING:

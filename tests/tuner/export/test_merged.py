@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from tangent_peft import TangentConfig
-from tangent_peft.tuner.atomic import files_in
+from tangent_peft.tuner.export.atomic import files_in
 from tangent_peft.tuner.layer import TangentLayer
 
 
@@ -303,7 +303,8 @@ class TestErrors:
         def full_disk(*args: object) -> None:
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(f"tangent_peft.tuner.{verb}.write_card", full_disk)
+        module = f"tangent_peft.tuner.export.{verb.removeprefix('export_')}"
+        monkeypatch.setattr(f"{module}.write_card", full_disk)
         for folder in ("out", "new"):
             with pytest.raises(OSError, match="No space left"):
                 getattr(model, verb)(tmp_path / folder, {"help": 2.0}, calibration=False, overwrite=True)

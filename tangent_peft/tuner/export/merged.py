@@ -16,16 +16,16 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tangent_peft.tuner.atomic import check_place, fresh_folder
 from tangent_peft.tuner.axes import active_weights, check_weights, refuse_saved_modules, tangent_layers
 from tangent_peft.tuner.backends import unpack_state
-from tangent_peft.tuner.calibration import CalibrationData, calibrate
-from tangent_peft.tuner.export_card import write_card
+from tangent_peft.tuner.export.atomic import check_place, fresh_folder
+from tangent_peft.tuner.export.calibration import CalibrationData, calibrate
+from tangent_peft.tuner.export.card import write_card
+from tangent_peft.tuner.export.record import RECORD, MergedExport, base_names, describe_axes, describe_base
+from tangent_peft.tuner.export.tokenizer import Tokenizer, find_tokenizer
 from tangent_peft.tuner.layer import TangentLayer
-from tangent_peft.tuner.record import RECORD, MergedExport, base_names, describe_axes, describe_base
 from tangent_peft.tuner.registration import PREFIX
 from tangent_peft.tuner.stored import check_tangents
-from tangent_peft.tuner.tokenizer import Tokenizer, find_tokenizer
 
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from tangent_peft.tuner.record import RECORD, Export, LoraExport, MergedExport
+from tangent_peft.tuner.export.record import RECORD, Export, LoraExport, MergedExport
 
 
 _CARD = """---

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 from vision import build_vlm
 
-from tangent_peft.tuner import loadable
+from tangent_peft.tuner.export import loadable
 
 
 pytestmark = [

@@ -11,7 +11,7 @@ from peft import get_peft_model
 
 from tangent_peft import TangentConfig
 from tangent_peft.tuner import TangentExperts
-from tangent_peft.tuner.servers import VLLM_HEADS, Contents, check_contents, served_rank, vllm_rank
+from tangent_peft.tuner.export.servers import VLLM_HEADS, Contents, check_contents, served_rank, vllm_rank
 
 
 @pytest.mark.parametrize(

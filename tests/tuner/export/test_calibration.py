@@ -13,7 +13,7 @@ from exports import WEIGHTS, two_axes
 from peft import get_peft_model
 
 from tangent_peft.tuner import linearity_gap, tangent_tuner
-from tangent_peft.tuner.calibration import LENGTH, ROWS, base_sample, calibrate
+from tangent_peft.tuner.export.calibration import LENGTH, ROWS, base_sample, calibrate
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])

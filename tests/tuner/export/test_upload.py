@@ -14,7 +14,7 @@ from huggingface_hub import CommitOperationAdd, ModelCard
 from huggingface_hub.errors import EntryNotFoundError
 from transformers.utils import hub
 
-from tangent_peft.tuner import upload
+from tangent_peft.tuner.export import upload
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:The head '.*' is tied to the input embedding")

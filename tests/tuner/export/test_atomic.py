@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tangent_peft.tuner.atomic import files_in, fresh_folder
+from tangent_peft.tuner.export.atomic import files_in, fresh_folder
 
 
 MARKER = "record.json"
