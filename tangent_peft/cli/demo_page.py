@@ -140,13 +140,35 @@ def _lay_out_question(session: DemoSession, parts: Parts) -> None:
         parts.ask = gr.Button("Ask both mixes", variant="primary", scale=3, min_width=180, elem_id="ask")
         parts.stop = gr.Button("Stop", scale=1, min_width=90, elem_id="stop")
     with gr.Accordion("More settings", open=False, elem_id="settings"), gr.Row():
-        parts.tokens = gr.Slider(
-            8, 256, 96, step=8, label="Longest answer", info="In tokens; one is about ¾ of a word.", elem_id="tokens"
+        parts.tokens = _forgiving(
+            gr.Slider(
+                8,
+                256,
+                96,
+                step=8,
+                label="Longest answer",
+                info="In tokens; one is about ¾ of a word.",
+                elem_id="tokens",
+            )
         )
-        parts.temperature = gr.Slider(
-            0, 1.5, 0, step=0.1, label="Variation", info="0: always the same answer.", elem_id="temperature"
+        parts.temperature = _forgiving(
+            gr.Slider(0, 1.5, 0, step=0.1, label="Variation", info="0: always the same answer.", elem_id="temperature")
         )
     parts.message = _html("", elem_id="message")
+
+
+def _forgiving(slider: gr.Slider) -> gr.Slider:
+    """Takes an emptied number field for 0, and what lies beyond a limit for that limit; Gradio fails on both.
+
+    A subclass would not do: Gradio writes an interface file beside the source of each one.
+    """
+    read = slider.preprocess
+
+    def preprocess(payload: float | None) -> float:
+        return read(min(max(payload or 0.0, slider.minimum), slider.maximum))
+
+    slider.preprocess = preprocess  # type: ignore[method-assign]
+    return slider
 
 
 def _lay_out_card(session: DemoSession, name: str, card: Card, weights: Sequence[float]) -> None:
@@ -159,7 +181,7 @@ def _lay_out_card(session: DemoSession, name: str, card: Card, weights: Sequence
                 slider = gr.Slider(
                     -reach, reach, weight, step=0.01, label=axis, elem_id=f"{letter}-{index}", elem_classes="axis"
                 )
-                card.sliders.append(slider)
+                card.sliders.append(_forgiving(slider))
         _html(
             f'<div class="range"><span style="left:0">−{reach:g}</span><span style="left:{edge:g}%">−{SAFE_WEIGHT:g}'
             '</span><span style="left:50%">0</span>'

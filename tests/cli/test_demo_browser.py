@@ -212,6 +212,18 @@ def test_a_slider_can_be_dragged(page: Page) -> None:
     page.until(lambda: page.gap("a") == 0, "the gauge did not follow")
 
 
+def test_numbers_that_are_none(page: Page) -> None:
+    """A field while it is being typed into, and a number beyond the slider."""
+    from selenium.webdriver.common.keys import Keys
+
+    field = page.find("#a-0 input[type=number]")
+    for text in (Keys.DELETE, "99"):
+        page.type("#a-0 input[type=number]", text)
+        field.send_keys(Keys.TAB)
+        assert all(page.ask())
+    assert not page.text("#message")
+
+
 def test_answers_are_streamed(page: Page) -> None:
     page.set_slider("tokens", 208)
     page.driver.execute_script("window.lengths = new Set()")
