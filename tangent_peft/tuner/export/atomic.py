@@ -1,8 +1,8 @@
 """A folder that is either all there or not there: written beside its place, moved into it at the end.
 
 It knows nothing of models. What was there before is moved aside only once the new folder is complete, and put back if
-moving fails. A process that is killed leaves at most hidden folders: `.NAME.….partial`, the new one, and between the two
-renames also `.NAME.….replaced`, the old one, with nothing at the place itself.
+moving fails. A process that is killed leaves at most hidden folders: `.NAME.….partial`, the new one, and, between the
+two renames, `.NAME.….replaced`, the old one, with nothing at the place itself.
 """
 
 from __future__ import annotations
