@@ -124,7 +124,7 @@ class LinearizedForward:
             if not torch.is_grad_enabled():  # recorded, they would keep more than what they stand for
                 derive_norms(opened)
                 derive_rotations(opened)
-            if root.training:  # transformers checkpoints in train mode only
+            if root.training or torch.is_grad_enabled():  # a decoding step has nothing to replay
                 replay_blocks(opened, self._gradient(), self._forced is None, kwargs)
             freeze_input(opened)
             carry_through_engines(opened)

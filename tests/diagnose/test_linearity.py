@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from cases import tangent_model
 from conftest import batch
 from peft import get_peft_model
 from transformers import PreTrainedModel
@@ -42,3 +43,9 @@ def test_definition_and_order(tiny_llama: Callable[[], PreTrainedModel]) -> None
 def test_needs_axes(tiny_llama: Callable[[], PreTrainedModel]) -> None:
     with pytest.raises(TypeError, match="LlamaForCausalLM"):
         linearity_gap(tiny_llama(), [])
+
+
+def test_disabled_adapters_have_no_gap() -> None:
+    model = tangent_model()
+    with model.disable_adapter(), pytest.raises(ValueError, match="Adapters are disabled"):
+        linearity_gap(model, [batch()])

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tangent_peft.tuner.axes import active_weights, check_weights, refuse_saved_modules, tangent_layers
+from tangent_peft.tuner.axes import active_weights, check_unmerged, check_weights, refuse_saved_modules, tangent_layers
 from tangent_peft.tuner.backends import unpack_state
 from tangent_peft.tuner.export.atomic import check_place, fresh_folder
 from tangent_peft.tuner.export.calibration import CalibrationData, calibrate
@@ -89,8 +89,7 @@ def chosen_mix(tuner: AxisVerbs, weights: Mapping[str, float] | None) -> dict[st
             "Adapters are disabled, so what is measured for the export would be the base model. Export after the "
             "`with model.disable_adapter():` block, or call `model.enable_adapter_layers()` first."
         )
-    if any(layer.merged for layer in tangent_layers(tuner.model)):
-        raise ValueError("Axes are merged into the base weights. Call `model.unmerge_adapter()` before exporting.")
+    check_unmerged(tuner)
     chosen = check_weights(tuner, active_weights(tuner) if weights is None else weights)
     refuse_saved_modules(tuner, chosen)
     check_tangents(tuner, chosen)
