@@ -307,3 +307,23 @@ def test_input_gradients_for_checkpointing_change_nothing() -> None:
     assert seen == [False]
     for key, value in expected.items():
         assert_equal(found[key], value)
+
+
+def test_blocks_that_train_inside_a_model_in_eval_mode() -> None:
+    """transformers asks each block for its mode, not the model."""
+    inputs = {**batch("right"), "use_cache": False}
+
+    def gradients(model: PeftModel) -> list[torch.Tensor]:
+        model.zero_grad()
+        model(**inputs).logits.square().sum().backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    model = tangent_model()
+    expected = gradients(model)
+    base = model.get_base_model()
+    base.gradient_checkpointing_enable()
+    base.model.layers.train()
+    found = gradients(model)
+    assert len(found) == len(expected) > 0
+    for left, right in zip(found, expected, strict=True):
+        assert_equal(left, right)
