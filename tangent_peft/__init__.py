@@ -7,8 +7,8 @@ number, θ(λ) = θ₀ + Σ λᵢ τᵢ, with no retraining. Importing this pack
     model = get_peft_model(base, TangentConfig(task_type="CAUSAL_LM"), adapter_name="help")
     model.combine_axes({"help": 1.0, "verb": -0.5})
 
-Floors of the house: cli > compare > train, evaluate, diagnose > tuner > forward. A floor imports its own package or
-those below.
+Floors of the house: cli > compare > diagnose > train, evaluate > tuner > forward. A floor imports its own package or
+those below; training and evaluation do not know each other, nor does diagnosis know training.
 """
 
 from importlib import import_module

@@ -19,13 +19,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "tangent_peft"
 
-# cli > compare > train, evaluate, diagnose > tuner > forward
+# cli > compare > diagnose > train, evaluate > tuner > forward; diagnosis does not know training
 BELOW: dict[str, set[str]] = {
     "forward": set(),
     "tuner": {"forward"},
     "train": {"tuner", "forward"},
     "evaluate": {"tuner", "forward"},
-    "diagnose": {"tuner", "forward"},
+    "diagnose": {"evaluate", "tuner", "forward"},
     "compare": {"train", "evaluate", "diagnose", "tuner", "forward"},
     "cli": {"compare", "train", "evaluate", "diagnose", "tuner", "forward", PACKAGE},
     PACKAGE: {"compare", "train", "evaluate", "diagnose", "tuner", "forward"},  # the package's own __init__

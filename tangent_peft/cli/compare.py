@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tangent_peft.cli.train_options import find_recipe
 from tangent_peft.compare import ComparisonResult, Settings, run_comparison
 from tangent_peft.compare.report import figures, markdown
-from tangent_peft.train.trunk_store import write_whole
+from tangent_peft.tuner.files import write_text
 
 
 TUPLES = ("methods", "evaluations", "seeds", "line", "affine", "mixed")
@@ -94,7 +94,7 @@ def run_compare(settings: Settings, processes: int, console: Console | None = No
     folder = Path(settings.output)
     result.save(folder / "result.json")
     text = markdown(result)
-    write_whole(folder / "report.md", lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
+    write_text(folder / "report.md", text)
     pictures = figures(result, folder / "figures")
     console.print(Markdown(text))
     console.print(f"{folder}/result.json, {folder}/report.md and {len(pictures)} figures in {folder}/figures")

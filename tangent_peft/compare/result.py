@@ -22,8 +22,8 @@ from tangent_peft.compare.training import RECORD, trainings
 from tangent_peft.evaluate.control import control_quality
 from tangent_peft.evaluate.pareto import compare_fronts
 from tangent_peft.evaluate.pareto_interval import hypervolume_interval
-from tangent_peft.train.trunk_store import write_whole
 from tangent_peft.tuner.axes import SAFE_WEIGHT
+from tangent_peft.tuner.files import write_text
 
 
 FORMAT, VERSION = "tangent_peft comparison", 1
@@ -71,7 +71,7 @@ class ComparisonResult:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1, allow_nan=False)
-        write_whole(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
+        write_text(path, text)
 
     @classmethod
     def load(cls, path: str | Path) -> ComparisonResult:

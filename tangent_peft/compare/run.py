@@ -26,7 +26,7 @@ from tangent_peft.compare.result import ComparisonResult, collect
 from tangent_peft.compare.settings import Settings
 from tangent_peft.compare.sources import score, sources
 from tangent_peft.compare.training import RECORD, run_training, trainings
-from tangent_peft.train.trunk_store import write_whole
+from tangent_peft.tuner.files import write_text
 
 
 RUN = "run.json"
@@ -100,7 +100,7 @@ def claim(settings: Settings) -> None:
             )
         return
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda unfinished: unfinished.write_text(json.dumps(found, indent=1), encoding="utf-8"))
+    write_text(path, json.dumps(found, indent=1))
 
 
 def environment() -> dict[str, Any]:

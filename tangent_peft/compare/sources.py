@@ -29,7 +29,7 @@ from tangent_peft.compare.training import load_model, single_name
 from tangent_peft.evaluate import axis_logprobs
 from tangent_peft.evaluate.logit_mix import mixed_pair_logps
 from tangent_peft.evaluate.pairs import pair_batch
-from tangent_peft.train.trunk_store import write_whole
+from tangent_peft.tuner.files import write_whole
 from tangent_peft.tuner.linearity import linearity_gap
 
 

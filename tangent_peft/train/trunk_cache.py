@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from transformers import ProcessorMixin, Trainer
 
 from tangent_peft.forward.trunk import PROBE_TOLERANCE, Autocast, Trunk
-from tangent_peft.train.trunk_store import RowStore, digest, write_whole
+from tangent_peft.train.trunk_store import RowStore, digest
+from tangent_peft.tuner.files import write_whole
 from tangent_peft.tuner.targets import find_blocks
 
 

@@ -9,8 +9,6 @@ import csv
 import io
 import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from typing import Any
 from tangent_peft.evaluate.chats import messages
 from tangent_peft.evaluate.scorers import Prompt
 from tangent_peft.evaluate.sweeps.table import EVALUATIONS, SweepPoint, SweepTable
+from tangent_peft.tuner.files import write_text
 
 
 FORMAT = "tangent_peft sweep"
@@ -53,7 +52,7 @@ def save_sweep(path: str | Path, table: SweepTable) -> None:
             f"The sweep to be written to {path} holds a number that is not finite ({error}). Look at its scores: "
             "a scorer that knows no answer's value must not return NaN."
         ) from None
-    write_whole(Path(path), text)
+    write_text(Path(path), text)
 
 
 def save_sweep_csv(path: str | Path, table: SweepTable) -> None:
@@ -70,24 +69,7 @@ def save_sweep_csv(path: str | Path, table: SweepTable) -> None:
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_whole(Path(path), text.getvalue())
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a text file so that no moment leaves a part of it; its folder is made."""
-    path = path.resolve()  # of a link, what it points to
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, unfinished = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(unfinished, 0o644)  # mkstemp makes files that only their owner reads
-        os.replace(unfinished, path)
-    except BaseException:
-        Path(unfinished).unlink(missing_ok=True)
-        raise
+    write_text(Path(path), text.getvalue())
 
 
 def load_sweep(path: str | Path) -> SweepTable:
