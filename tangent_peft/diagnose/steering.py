@@ -1,9 +1,11 @@
 """D-STEER (arXiv 2512.11838): is what training did to the hidden states one vector?
 
 For each prompt, δ_i = h_tuned(x_i) − h_base(x_i) at one position and layer, (D,); v⋆ is their mean. Measured per layer:
-how well each δ_i points along v⋆ (cosine), and how close ΔH = [δ_1 … δ_N] is to rank one (singular values). Two
-cautions stand beside, which the paper leaves out: v⋆ holds δ_i itself, so its cosine is too large for few prompts (those
-of leave-one-out and held-out rows are not); and σ₂/σ₁ is small whenever the mean is large (less the mean it is not).
+how well each δ_i points along v⋆ (cosine), and how close ΔH = [δ_1 … δ_N] is to rank one (singular values).
+
+Two cautions that the paper leaves out stand beside. v⋆ holds δ_i itself, so its cosine is too large for few prompts;
+those of leave-one-out and held-out rows are not. And σ₂/σ₁ is small whenever the mean is large; less the mean, it need
+not be.
 
 δ is written to disk prompt by prompt, and read back layer by layer: memory does not grow with the number of prompts.
 """

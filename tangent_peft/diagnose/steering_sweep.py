@@ -128,8 +128,8 @@ class SteeringEffect(Diagnosis):
         part = "all" if read is None else f"the first {read}"
         note = (
             f"{self.pairs} held-out pairs, {part} tokens of each answer; layers {self.layers}; "
-            f"{self.settings['control_seeds']} random directions of the same norm. KL in nats per token, of the steered "
-            "model from the other. Margin and reward accuracy are relative to the base."
+            f"{self.settings['control_seeds']} random directions of the same norm. KL in nats per token, of the "
+            "steered model from the other. Margin and reward accuracy are relative to the base."
         )
         return Table(f"{mode.capitalize()}: {sum_}", ["λ", "direction", *self.metrics.values()], rows, note)
 
