@@ -155,7 +155,7 @@ def _point(
     controls = {name: [found[mode, strength, seed][name] for seed in seeds] for name in metrics}
     means = {name: statistics.fmean(values) for name, values in controls.items()}
     deviations = {name: statistics.stdev(values) for name, values in controls.items()}
-    return SteeringPoint(mode, strength, found[mode, strength, None], means, deviations)
+    return SteeringPoint(mode, strength, found[mode, strength, None], controls, means, deviations)
 
 
 def _read(sweep: _Sweep, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[Pair]) -> dict[Key, Comparison]:

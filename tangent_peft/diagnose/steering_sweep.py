@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,15 +29,30 @@ class SteeringPoint:
         mode: `"interpolation"`, base + λ v⋆, or `"inversion"`, tuned − λ v⋆.
         strength: λ.
         values: with v⋆.
-        control_means: mean over random directions of the same norm at each layer.
+        controls: with random directions of the same norm at each layer, one number per seed.
+        control_means: mean over them.
         control_sds: standard deviation over them.
     """
 
     mode: Mode
     strength: float
     values: dict[str, float]
+    controls: dict[str, list[float]]
     control_means: dict[str, float]
     control_sds: dict[str, float]
+
+    @property
+    def is_chance(self) -> bool:
+        """Whether random directions come as close to the target: their lowest KL, and 2 sd below their mean of log KL.
+
+        Logarithms, because some random directions go far astray and none gets far below the start.
+        """
+        metric = f"kl_{TARGET[self.mode]}"
+        mine, others = self.values[metric], self.controls[metric]
+        if not 0 < mine < min(others):
+            return mine != 0
+        logs = [math.log(other) for other in others]
+        return math.log(mine) > statistics.fmean(logs) - 2 * statistics.stdev(logs)
 
     def excess(self, metric: str) -> float:
         """Effect minus control: what v⋆ changes beyond what random directions do."""
@@ -166,7 +182,7 @@ class SteeringEffect(Diagnosis):
             f"agreement; random directions of the same norm {found.control_mean:.0%} ± {found.control_sd:.0%} and "
             f"{found.match_control:.0%} ({self.pairs} held-out pairs)."
         )
-        if found.kl <= max(0.0, found.control_mean + 2 * found.control_sd):
+        if found.kl <= 0 or point.is_chance:
             return Verdict("warning", f"{text} That is no more than chance: do not read meaning into this vector.")
         if found.kl < 0.5:
             return Verdict(
