@@ -26,7 +26,7 @@ from tangent_peft.diagnose.prompts import TokenBatch
 from tangent_peft.diagnose.spool import Spool
 from tangent_peft.diagnose.states import ModelState, check_comparable
 from tangent_peft.diagnose.steering_shift import BIN_EDGES, Cosines, LayerShift, Recovery, ShiftSpectrum, SteeringShift
-from tangent_peft.diagnose.steering_vectors import SteeringVectors
+from tangent_peft.diagnose.steering_vector import SteeringVectors
 
 
 @dataclass(frozen=True)

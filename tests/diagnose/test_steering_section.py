@@ -14,9 +14,9 @@ from strong_axes import two_axes
 
 from tangent_peft.diagnose import ModelState
 from tangent_peft.diagnose import steering_section as section
-from tangent_peft.diagnose.steering_effect import EffectOptions
 from tangent_peft.diagnose.steering_section import SteeringOptions, diagnose_steering
-from tangent_peft.diagnose.steering_vectors import SteeringVectors
+from tangent_peft.diagnose.steering_trial import EffectOptions
+from tangent_peft.diagnose.steering_vector import SteeringVectors
 
 
 QUICK = EffectOptions(strengths=(1.0,), control_seeds=2, answer_tokens=4)

@@ -25,7 +25,7 @@ from tangent_peft.diagnose.steering_hooks import steered
 from tangent_peft.diagnose.steering_resume import Resumable
 from tangent_peft.diagnose.steering_sweep import MODES, Mode, SteeringEffect, SteeringPoint
 from tangent_peft.diagnose.steering_tokens import METRICS, Comparison, Reference, shortened
-from tangent_peft.diagnose.steering_vectors import SteeringVectors
+from tangent_peft.diagnose.steering_vector import SteeringVectors
 from tangent_peft.evaluate.pairs import Pair
 from tangent_peft.evaluate.preferences import AnswerTokens, check_pairs
 from tangent_peft.evaluate.scorers import Prompt
