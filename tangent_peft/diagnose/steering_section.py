@@ -41,7 +41,8 @@ class SteeringOptions:
         steer_with: the position whose vectors are tried out.
         held_out: share of the prompts that vectors are judged on.
         seed: of the split.
-        max_rows: at most so many prompts, and so many answers, make a vector; as many judge it.
+        max_prompts: at most so many prompts make a vector, and at most half as many judge it.
+        max_answers: the same for answers, which are longer.
         max_pairs: at most so many pairs are read to see what it does.
         batch_size: rows of a batch.
         shift: thresholds of `steering_vectors`.
@@ -52,7 +53,8 @@ class SteeringOptions:
     steer_with: Position = "prompt"
     held_out: float = 0.25
     seed: int = 0
-    max_rows: int = 64
+    max_prompts: int = 64
+    max_answers: int = 32
     max_pairs: int = 16
     batch_size: int = 8
     shift: ShiftOptions = field(default_factory=ShiftOptions)
@@ -66,8 +68,8 @@ class SteeringOptions:
             )
         if not 0 < self.held_out < 1:
             raise ValueError(f"`held_out` is a share between 0 and 1; found {self.held_out}.")
-        if min(self.max_rows, self.max_pairs, self.batch_size) < 1:
-            raise ValueError("`max_rows`, `max_pairs` and `batch_size` are positive numbers.")
+        if min(self.max_prompts, self.max_answers, self.max_pairs, self.batch_size) < 1:
+            raise ValueError("`max_prompts`, `max_answers`, `max_pairs` and `batch_size` are positive numbers.")
 
 
 @dataclass(frozen=True)
@@ -154,8 +156,9 @@ def diagnose_steering(
         rows: Sequence[Any] = prompts if position == "prompt" else pairs
         keys = _keys(rows) if position == "prompt" else _keys([pair["prompt"] for pair in pairs])
         held = _held_out(keys, options)
-        fitted = [index for index, key in enumerate(keys) if key not in held][: options.max_rows]
-        judged = [index for index, key in enumerate(keys) if key in held][: options.max_rows]
+        most = options.max_prompts if position == "prompt" else options.max_answers
+        fitted = [index for index, key in enumerate(keys) if key not in held][:most]
+        judged = [index for index, key in enumerate(keys) if key in held][: max(most // 2, 1)]
         if len(fitted) < 2:
             raise ValueError(
                 f"The split leaves {len(fitted)} of {len(keys)} rows to make vectors of {POSITIONS[position]!r} from; "
@@ -178,7 +181,8 @@ def diagnose_steering(
     effect = steering_effect(
         base, tuned, vectors[options.steer_with], tokenizer, new[: options.max_pairs], kept, options.effect
     )
-    settings = {name: vars(options)[name] for name in ("steer_with", "held_out", "seed", "max_rows", "max_pairs")}
+    kept_options = ("steer_with", "held_out", "seed", "max_prompts", "max_answers", "max_pairs", "batch_size")
+    settings = {name: vars(options)[name] for name in kept_options}
     return SteeringDiagnosis(shifts, effect, vectors, {**settings, "prompts": len(prompts), "pairs": len(pairs)})
 
 
