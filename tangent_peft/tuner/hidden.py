@@ -26,7 +26,7 @@ from tangent_peft.tuner.targets import find_blocks
 
 PROBE_TOKENS = 8  # of the first row, on which the head is verified
 PROBE_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
-_TRUNK_INPUTS = {"input_ids", "attention_mask"}  # what the trunk may depend on
+TRUNK_INPUTS = {"input_ids", "attention_mask"}  # what the trunk may depend on
 
 
 class _BackboneDone(Exception):
@@ -81,7 +81,7 @@ class AxisPasses:
         """Eval mode, linearized and without gradients for the duration of a `with` block; finds the trunk."""
         with torch.no_grad(), self.tuner.linearized(True), evaluating(self.root):
             with self.tuner.axes(dict.fromkeys(self.axes, 1.0)):
-                self._trunk = self._find_trunk()
+                self._trunk = trunk_of(self.root)
             yield
 
     def states(self, inputs: Mapping[str, Any], keep: Tensor) -> tuple[Tensor, list[Tensor | None]]:
@@ -97,7 +97,7 @@ class AxisPasses:
         if not self._verified:
             self._verify(inputs)
         trunk, below = self._trunk, None
-        if trunk is not None and set(inputs) <= _TRUNK_INPUTS:
+        if trunk is not None and set(inputs) <= TRUNK_INPUTS:
             below = trunk.hidden_states(**inputs)
         hidden: Tensor | None = None
         tangents: list[Tensor | None] = []
@@ -137,20 +137,9 @@ class AxisPasses:
         finally:
             handle.remove()
 
-    def _find_trunk(self) -> Trunk | None:
-        """The part below all axes; `None` where the model can not be cut: every pass is then a whole one."""
-        found = find_blocks(self.root)
-        blocks = None if found is None else self.root.get_submodule(found[0])
-        if not isinstance(blocks, nn.ModuleList):
-            return None
-        try:
-            return Trunk(self.root, blocks)
-        except ValueError:
-            return None
-
     def _verify(self, inputs: Mapping[str, Any]) -> None:
         """The model's own linearized logits are those of the head as it was read, on a few tokens of each axis."""
-        if set(inputs) <= _TRUNK_INPUTS:
+        if set(inputs) <= TRUNK_INPUTS:
             inputs = {name: value[:1, :PROBE_TOKENS] for name, value in inputs.items()}
         for axis, head in zip(self.axes, self.heads, strict=True):
             states: list[tuple[Tensor, Tensor | None]] = []
@@ -171,6 +160,18 @@ class AxisPasses:
                     "pass. Score each mix by itself (`pair_logps`, inside `with model.axes({...}):`)."
                 )
         self._verified = True
+
+
+def trunk_of(root: PreTrainedModel) -> Trunk | None:
+    """The part of a model below all active axes, in eval mode; `None` where it can not be cut: passes are then whole."""
+    found = find_blocks(root)
+    blocks = None if found is None else root.get_submodule(found[0])
+    if not isinstance(blocks, nn.ModuleList):
+        return None
+    try:
+        return Trunk(root, blocks)
+    except ValueError:
+        return None
 
 
 def _detached(head: Head) -> Head:
