@@ -122,13 +122,13 @@ class Additivity(Diagnosis):
         near = [cell for cell in both if max(abs(cell[0]), abs(cell[1])) <= JUDGED_REACH] or both
         names = f"{pair.first} and {pair.second}"
         if not near:
-            return Verdict("unknown", f"{names}: no λ of the grid moves the model by more than rounding, so R is nowhere.")
+            return Verdict("unknown", f"{names}: no λ of the grid moves the model by more than rounding: no R.")
         place, other, largest = max(near, key=lambda cell: cell[2])
+        reach = max(max(abs(place), abs(other)) for place, other, _ in near)
         whole = max((value for _, _, value in pair.cells(pair.ratio)), default=math.nan)
         text = (
-            f"{names}: R is at most {largest:.2f} for λ up to {max(max(abs(a), abs(b)) for a, b, _ in near):g} (at "
-            f"{place:g}, {other:g}), with each axis at its own λ; against λ = 1 extrapolated, at most {whole:.2f} on the "
-            "grid. "
+            f"{names}: R is at most {largest:.2f} for |λ| up to {reach:g} (at {place:g}, {other:g}), with each axis at "
+            f"its own λ; against λ = 1 extrapolated, at most {whole:.2f} on the grid. "
         )
         if largest <= self.limit:
             return Verdict("fine", f"{text}As weights they add up (limit {self.limit:g}).")

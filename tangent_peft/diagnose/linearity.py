@@ -136,10 +136,9 @@ class LinearityProfile(Diagnosis):
         over = [point for point in points if point.gap > self.limit and not point.is_rounding]
         if over:
             worst = max(over, key=lambda point: point.gap)
-            nearest = min(over, key=lambda point: abs(point.weight))
             text = (
-                f"{axis}: the gap is over {self.limit:g} from λ = {nearest.weight:g} on ({nearest.gap:.2f}; largest "
-                f"{worst.gap:.2f} at λ = {worst.weight:g}). There a merged model is another model: judge it on its own."
+                f"{axis}: the gap is over {self.limit:g} at λ = {', '.join(f'{point.weight:g}' for point in over)} (up "
+                f"to {worst.gap:.2f}). There a merged model is another model: judge it on its own."
             )
             found.append(Verdict("warning", text))
         elif len(rounded) < len(points):
@@ -171,8 +170,8 @@ def linearity_profile(
 
     Args:
         model: a `PeftModel` with tangent axes; the active mix does not count and stays.
-        batches: model inputs with `input_ids` (B, T) and, if padded, `attention_mask` (B, T), of which all real positions
-            count; or `TokenBatch`es, which name the positions.
+        batches: model inputs with `input_ids` (B, T) and, if padded, `attention_mask` (B, T), of which all real
+            positions count; or `TokenBatch`es, which name the positions.
         axes: the axes to measure; all by default.
         weights: λ, any finite numbers; 0 gives the base.
         limit: the gap up to which merging is called safe.
@@ -192,7 +191,7 @@ def linearity_profile(
     check_limit(limit)
     runs = MixLogits(model, axes)
     probe = min([PROBE, *(abs(place) / 4 for place in places if place)])
-    asked = dict.fromkeys(runs.axes, [*places, probe])
+    asked = {axis: [*places, probe] for axis in runs.axes}
     sums = measure_sums(runs, batches, asked, progress=progress)
     points = []
     for axis in runs.axes:

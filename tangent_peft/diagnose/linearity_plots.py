@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,11 @@ if TYPE_CHECKING:
     from tangent_peft.diagnose.additivity import Additivity, PairAdditivity
     from tangent_peft.diagnose.linearity import LinearityProfile
     from tangent_peft.diagnose.safe_range import SafeRange
+
+
+def file_name(axis: str) -> str:
+    """The name of an axis as a part of a file's name."""
+    return re.sub(r"[^\w-]", "_", axis)
 
 
 def plot_profile(profile: LinearityProfile, path: Path) -> Path:
@@ -28,6 +34,8 @@ def plot_profile(profile: LinearityProfile, path: Path) -> Path:
     """
     marks = looks(profile.axes)
     with drawing(path, (8.6, 3.8)) as figure:
+        from matplotlib.lines import Line2D
+
         left, right = figure.subplots(1, 2)
         for axis, look in marks.items():
             points = [point for point in profile.of(axis) if point.weight]
@@ -35,17 +43,17 @@ def plot_profile(profile: LinearityProfile, path: Path) -> Path:
                 side = [point for point in points if point.weight * sign > 0]
                 places = [point.weight for point in side]
                 style = {"color": look.color, "marker": look.marker, "markersize": 4, "linewidth": 1.4}
-                label = axis if side is not None and sign > 0 else None
-                left.plot(places, [point.gap for point in side], "-", label=label, **style)
+                left.plot(places, [point.gap for point in side], "-", **style)
                 left.plot(places, [point.gap_log_probs for point in side], "--", alpha=0.6, **style)
-                right.plot(places, [_positive(point.kl) for point in side], "-", label=label, **style)
+                right.plot(places, [_positive(point.kl) for point in side], "-", **style)
                 right.plot(places, [_positive(point.kl_linearized) for point in side], "--", alpha=0.6, **style)
         left.axhline(profile.limit, color=PALE, linewidth=1.2, zorder=0)
         left.set(xlabel="λ", ylabel="linearity gap", title="solid: logits, dashed: log-probs")
         left.set_ylim(bottom=0.0)
         right.set(xlabel="λ", ylabel="KL to the base, nats per token", yscale="log")
         right.set_title("solid: weights θ(λ), dashed: linearized")
-        figure.legend(handles=left.get_legend_handles_labels()[0], loc="outside lower center", ncols=4)
+        marked = [Line2D([], [], color=look.color, marker=look.marker, label=axis) for axis, look in marks.items()]
+        figure.legend(handles=marked, loc="outside lower center", ncols=4)
     return path
 
 
@@ -86,7 +94,8 @@ def plot_additivity(found: Additivity, folder: Path) -> list[Path]:
     Returns:
         The PNG files.
     """
-    return [_plot_pair(pair, folder / f"additivity-{pair.first}-{pair.second}.png") for pair in found.pairs]
+    names = [f"additivity-{file_name(pair.first)}-{file_name(pair.second)}.png" for pair in found.pairs]
+    return [_plot_pair(pair, folder / name) for pair, name in zip(found.pairs, names, strict=True)]
 
 
 def _plot_pair(pair: PairAdditivity, path: Path) -> Path:
@@ -104,8 +113,7 @@ def _plot_pair(pair: PairAdditivity, path: Path) -> Path:
 
 def _heat_map(axes: Any, pair: PairAdditivity, rows: Sequence[Sequence[float]], top: float) -> Any:
     """A heat map with each number in its cell; "–" where there is none."""
-    colors = color_map().copy()
-    colors.set_bad("0.93")
+    colors = color_map().with_extremes(bad="0.93")
     image = axes.imshow(rows, origin="lower", cmap=colors, vmin=0.0, vmax=top, aspect="auto")
     axes.set_xticks(range(len(pair.second_weights)), [number(x, "g") for x in pair.second_weights])
     axes.set_yticks(range(len(pair.first_weights)), [number(x, "g") for x in pair.first_weights])

@@ -161,10 +161,10 @@ class MixLogits:
 
     def _slices(self, inputs: Mapping[str, Any], keep: Tensor | None) -> list[slice]:
         """Rows of a batch whose logits are a part; the whole batch where its rows can not be told apart."""
-        ids = inputs.get("input_ids")
-        if not isinstance(ids, Tensor) or ids.ndim != 2 or not set(inputs) <= TRUNK_INPUTS:
+        ids, root = inputs.get("input_ids"), self.tuner.model
+        known = isinstance(ids, Tensor) and ids.ndim == 2 and set(inputs) <= TRUNK_INPUTS
+        if not isinstance(ids, Tensor) or not known or not isinstance(root, PreTrainedModel):
             return [slice(None)]
-        root: Any = self.tuner.model
         columns = ids.shape[1] if keep is None else int(keep.any(0).sum())
         size = max(1, PART_ENTRIES // max(1, columns * int(root.config.get_text_config().vocab_size)))
         return [slice(start, start + size) for start in range(0, ids.shape[0], size)]

@@ -12,8 +12,9 @@ reports the first crossing seen.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar, Literal, TypeAlias
 
@@ -32,6 +33,7 @@ Measure: TypeAlias = Literal["logits", "log_probs"]
 
 SCAN = (0.125, 0.25, 0.5, 1.0)  # shares of the reach that are measured first, on both sides
 FALL = 0.02  # relative; a gap that falls by more than this as |λ| rises is not monotone
+FINEST = 1e-6  # of the reach: no bracket is narrowed further, whatever the tolerance
 BESIDE = 0.4  # of the tolerance: how far beside the place where a crossing is expected it is measured
 
 
@@ -128,9 +130,9 @@ class SafeRange(Diagnosis):
 
     def plot(self, folder: str | Path) -> list[Path]:
         """Draws the gaps measured, the limit and the range into `safe-range-AXIS.png` and `.svg`."""
-        from tangent_peft.diagnose.linearity_plots import plot_range
+        from tangent_peft.diagnose.linearity_plots import file_name, plot_range
 
-        return [plot_range(self, Path(folder) / f"safe-range-{self.axis}.png")]
+        return [plot_range(self, Path(folder) / f"safe-range-{file_name(self.axis)}.png")]
 
 
 def safe_range(
@@ -158,8 +160,8 @@ def safe_range(
 
     Raises:
         TypeError: if the model carries no tangent axes, or `batches` is an iterator.
-        ValueError: for an unknown axis, disabled or merged adapters, batches without tokens, a limit, reach or tolerance
-            that is not positive, or an unknown measure.
+        ValueError: for an unknown axis, disabled or merged adapters, batches without tokens, a limit, reach or
+            tolerance that is not positive, or an unknown measure.
     """
     check_limit(limit)
     _check_options(batches, reach, tolerance, measure)
@@ -173,7 +175,7 @@ def safe_range(
         found = {place: as_gap(sums[axis, place], measure == "log_probs") for place in places}
         return {place: gap if math.isfinite(gap) else math.inf for place, gap in found.items()}
 
-    sides = _search(gaps, limit, reach, tolerance)
+    sides = _search(gaps, limit, reach, max(tolerance, FINEST * reach))
     low, high = sides[-1.0], sides[1.0]
     probes = sorted([*low.probes, *high.probes], key=lambda probe: probe.weight)
     return SafeRange(
@@ -216,14 +218,14 @@ def store_safe_range(model: nn.Module, found: SafeRange | None, axis: str | None
     check_known(tuner, [name])
     if found is not None and not is_of_this_tangent(found.stored, norm := axis_norm(tuner.model, name)):
         raise ValueError(
-            f"The safe range was measured on an axis with ‖τ‖ = {found.norm:.4g}, but that of {name!r} is {norm:.4g}: it "
-            "is another axis, or was trained since. Measure it again."
+            f"The safe range was measured on an axis with ‖τ‖ = {found.norm:.4g}, but that of {name!r} is {norm:.4g}: "
+            "it is another axis, or was trained since. Measure it again."
         )
     store_range(tuner, name, None if found is None else found.stored)
 
 
 def _check_options(batches: Sequence[Batch], reach: float, tolerance: float, measure: str) -> None:
-    if iter(batches) is batches:
+    if isinstance(batches, Iterator):
         raise TypeError(
             f"`batches` is a {type(batches).__name__}, which can be gone through once only; the search takes several "
             "passes. Give `list(batches)`."
@@ -265,7 +267,7 @@ class _Side:
     @property
     def is_monotone(self) -> bool:
         found = [gap for _, gap in sorted(self.gaps.items())]
-        return all(later >= (1 - FALL) * earlier for earlier, later in zip(found, found[1:], strict=False))
+        return all(later >= (1 - FALL) * earlier for earlier, later in pairwise(found))
 
     @property
     def probes(self) -> list[GapProbe]:

@@ -163,7 +163,7 @@ class AxisPasses:
 
 
 def trunk_of(root: PreTrainedModel) -> Trunk | None:
-    """The part of a model below all active axes, in eval mode; `None` where it can not be cut: passes are then whole."""
+    """The part of a model below all active axes; `None` where it can not be cut, and every pass is a whole one."""
     found = find_blocks(root)
     blocks = None if found is None else root.get_submodule(found[0])
     if not isinstance(blocks, nn.ModuleList):

@@ -20,6 +20,7 @@ from torch import Tensor
 from tangent_peft.forward import evaluating
 from tangent_peft.tuner.axes import check_enabled, tangent_tuner
 
+
 GAP_LIMIT = 0.5  # from where on a merged mix is called another model than the linearized one
 
 

@@ -53,7 +53,7 @@ class StoredRange:
         if not numeric or not self.low <= 0.0 <= self.high or self.limit <= 0 or self.norm < 0:
             raise ValueError(
                 f"A safe range holds λ from `low` ≤ 0 to `high` ≥ 0, a `limit` above 0 and a `norm`; found {numbers}. "
-                "Measure it with `tangent_peft.diagnose.safe_range`, or set `safe_range` to null in adapter_config.json."
+                "Measure it with `tangent_peft.diagnose.safe_range`, or set it to null in adapter_config.json."
             )
 
     @staticmethod

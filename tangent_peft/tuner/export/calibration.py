@@ -100,8 +100,8 @@ def warn_of_gap(tuner: AxisVerbs, calibration: Calibration, stacklevel: int) -> 
         norm = axis_norm(tuner.model, name)
         if not is_of_this_tangent(stored, norm):
             warnings.warn(
-                f"The safe range of axis {name!r} was measured when ‖τ‖ was {stored.norm:.4g}; it is {norm:.4g} now, so "
-                "the axis has changed since. Measure the range again (`tangent_peft.diagnose.safe_range`) and store it.",
+                f"The safe range of axis {name!r} was measured when ‖τ‖ was {stored.norm:.4g}; it is {norm:.4g} now, "
+                "so the axis has changed since. Measure it again (`tangent_peft.diagnose.safe_range`) and store it.",
                 stacklevel=stacklevel,
             )
     limits = [stored.limit for stored in ranges.values() if stored.measure == "logits"]
@@ -113,9 +113,9 @@ def warn_of_gap(tuner: AxisVerbs, calibration: Calibration, stacklevel: int) -> 
     rounded = f" It was measured in {dtype}, of whose rounding it may be a part." if dtype.itemsize < 4 else ""
     whose = "that the axes' safe ranges are for" if limits else "up to which merging is taken to be safe"
     warnings.warn(
-        f"The linearity gap of the exported mix {weights} is {gap:.2f}, over the limit of {limit:g} {whose}: the network "
-        "at these weights is another model than the linearized one that was trained, also where each axis is within "
-        f"its own range. Lower the λ, or judge the exported model on its own.{rounded}",
+        f"The linearity gap of the exported mix {weights} is {gap:.2f}, over the limit of {limit:g} {whose}: the "
+        "network at these weights is another model than the linearized one that was trained, also where each axis is "
+        f"within its own range. Lower the λ, or judge the exported model on its own.{rounded}",
         stacklevel=stacklevel,
     )
 
