@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from tangent_peft.forward import current_pass, evaluating, find_head, is_sharded, split
 from tangent_peft.forward.head import Head
 from tangent_peft.forward.trunk import Trunk
-from tangent_peft.tuner.axes import check_unmerged, check_weights, refuse_saved_modules, tangent_tuner
+from tangent_peft.tuner.axes import check_known, check_unmerged, preserved, refuse_saved_modules, switch, tangent_tuner
 from tangent_peft.tuner.heads import head_of
 from tangent_peft.tuner.targets import find_blocks
 
@@ -53,9 +53,9 @@ class AxisPasses:
         self.tuner = tangent_tuner(model)
         self.axes = list(self.tuner.peft_config) if axes is None else list(axes)
         _check_axes(self.axes)
-        mix = check_weights(self.tuner, dict.fromkeys(self.axes, 1.0))
+        check_known(self.tuner, self.axes)
         check_unmerged(self.tuner)
-        refuse_saved_modules(self.tuner, mix)
+        refuse_saved_modules(self.tuner, self.axes)
         self.root: Any = self.tuner.model
         head = find_head(self.root)
         if not isinstance(self.root, PreTrainedModel) or head is None or self.root.base_model is self.root:
@@ -80,7 +80,7 @@ class AxisPasses:
     def ready(self) -> Iterator[None]:
         """Eval mode, linearized and without gradients for the duration of a `with` block; finds the trunk."""
         with torch.no_grad(), self.tuner.linearized(True), evaluating(self.root):
-            with self.tuner.axes(dict.fromkeys(self.axes, 1.0)):
+            with self._at(dict.fromkeys(self.axes, 1.0)):
                 self._trunk = trunk_of(self.root)
             yield
 
@@ -103,12 +103,19 @@ class AxisPasses:
         tangents: list[Tensor | None] = []
         for axis in self.axes:
             skipped = nullcontext() if trunk is None or below is None else trunk.skipped(below)
-            with self.tuner.axes({axis: 1.0}), skipped:
+            with self._at({axis: 1.0}), skipped:
                 primal, tangent = self._backbone(inputs)
             hidden = primal[keep] if hidden is None else hidden
             tangents.append(None if tangent is None else tangent[keep])
         assert hidden is not None
         return hidden, tangents
+
+    @contextmanager
+    def _at(self, weights: Mapping[str, float]) -> Iterator[None]:
+        """A mix that is linearized, so that no stored range of λ, which is about weights, is warned of."""
+        with preserved(self.tuner):
+            switch(self.tuner, weights)
+            yield
 
     def _backbone(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
         """Primal and tangent (B, T, D) of the backbone's last hidden state in the active mix; the head does not run."""
@@ -143,7 +150,7 @@ class AxisPasses:
             inputs = {name: value[:1, :PROBE_TOKENS] for name, value in inputs.items()}
         for axis, head in zip(self.axes, self.heads, strict=True):
             states: list[tuple[Tensor, Tensor | None]] = []
-            with self.tuner.axes({axis: 1.0}), self._watched(states.append):
+            with self._at({axis: 1.0}), self._watched(states.append):
                 expected = self.root(**inputs, use_cache=False).logits[0]
             primal, tangent = states[0]
             found = _logits(head, primal[0], None if tangent is None else tangent[0])

@@ -19,8 +19,8 @@ def logits(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Two sets of logits (3, V) that are `scale` apart, and shifted against each other by a constant."""
     generator = torch.Generator().manual_seed(0)
-    first = 3 * torch.randn(3, vocabulary, generator=generator, dtype=torch.float64)
-    second = first + scale * torch.randn(3, vocabulary, generator=generator, dtype=torch.float64) + 1.5 * scale
+    first = 3 * torch.randn(3, 5000, generator=generator, dtype=torch.float64)
+    second = first + scale * torch.randn(3, 5000, generator=generator, dtype=torch.float64) + 1.5 * scale
     return first.to(dtype), second.to(dtype)
 
 

@@ -179,9 +179,9 @@ def test_what_has_no_range(model: PeftModel, measured: SafeRange) -> None:
 
 
 def test_it_belongs_to_one_axis(model: PeftModel, measured: SafeRange) -> None:
-    model.combine_axes({"help": measured.high / 2}, adapter_name="half")
+    model.combine_axes({"help": measured.high / 2}, adapter_name="weaker")
     with pytest.raises(ValueError, match="another axis, or was trained since"):
-        store_safe_range(model, measured, "half")
+        store_safe_range(model, measured, "weaker")
     with pytest.raises(ValueError, match="Unknown axis 'other'"):
         store_safe_range(model, measured, "other")
     with pytest.raises(ValueError, match="Name the `axis`"):
