@@ -24,11 +24,12 @@ from tangent_peft.evaluate.pareto import compare_fronts
 from tangent_peft.evaluate.pareto_interval import hypervolume_interval
 from tangent_peft.tuner.axes import SAFE_WEIGHT
 from tangent_peft.tuner.files import write_text
+from tangent_peft.tuner.linearity import GAP_LIMIT
 
 
 FORMAT, VERSION = "tangent_peft comparison", 1
 REFERENCE = BASE - 0.1  # the hypervolume's reference point in every score: a tenth below the base model
-LIMITS = {"gap": 0.5, "weight": SAFE_WEIGHT}  # from where a mix is flagged as unsafe
+LIMITS = {"gap": GAP_LIMIT, "weight": SAFE_WEIGHT}  # from where a mix is flagged as unsafe
 JUDGED = ("preference", POLICY)  # scores of control and safety; reward accuracy does not see how large λ is
 CONTROL = 2.0  # |λ| up to which control is judged
 REGIMES = {

@@ -3,11 +3,21 @@
 Each diagnosis is a function from models and prompts or pairs to a dataclass that prints, saves JSON and draws.
 """
 
+from tangent_peft.diagnose.additivity import Additivity as Additivity
+from tangent_peft.diagnose.additivity import PairAdditivity as PairAdditivity
+from tangent_peft.diagnose.additivity import additivity as additivity
+from tangent_peft.diagnose.linearity import LinearityPoint as LinearityPoint
+from tangent_peft.diagnose.linearity import LinearityProfile as LinearityProfile
+from tangent_peft.diagnose.linearity import linearity_profile as linearity_profile
 from tangent_peft.diagnose.moments import Moments as Moments
 from tangent_peft.diagnose.moments import Spectrum as Spectrum
 from tangent_peft.diagnose.result import Diagnosis as Diagnosis
 from tangent_peft.diagnose.result import Table as Table
 from tangent_peft.diagnose.result import Verdict as Verdict
+from tangent_peft.diagnose.safe_range import GapProbe as GapProbe
+from tangent_peft.diagnose.safe_range import SafeRange as SafeRange
+from tangent_peft.diagnose.safe_range import safe_range as safe_range
+from tangent_peft.diagnose.safe_range import store_safe_range as store_safe_range
 from tangent_peft.diagnose.states import ModelState as ModelState
 from tangent_peft.diagnose.steering import ShiftOptions as ShiftOptions
 from tangent_peft.diagnose.steering import steering_vectors as steering_vectors

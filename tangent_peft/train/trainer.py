@@ -46,7 +46,9 @@ from tangent_peft.train.head import install_linearized_head
 from tangent_peft.train.policy import Wrap, choose_policy, primal_moves, refuse_contradictions, refuse_images
 from tangent_peft.train.trunk_cache import TrunkCache, open_for_training
 from tangent_peft.train.watch import Watch
+from tangent_peft.tuner import tangent_tuner
 from tangent_peft.tuner.card import write_usage_note
+from tangent_peft.tuner.safe_range import store_range
 
 
 EvalData: TypeAlias = (
@@ -159,6 +161,8 @@ class TangentDPOTrainer(DPOTrainer):
         if self.args.trunk_cache is not None and self.trunk_cache is None:
             self.trunk_cache = open_for_training(self.args.trunk_cache, self)
         self.watch.restart()
+        model: Any = self.accelerator.unwrap_model(self.model)
+        store_range(tangent_tuner(model), self.axis, None)  # it was measured on what τ is before this training
         return super().train(*args, **kwargs)
 
     def compute_loss(

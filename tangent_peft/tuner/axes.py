@@ -19,6 +19,7 @@ from torch import nn
 
 from tangent_peft.tuner.layer import TangentLayer
 from tangent_peft.tuner.live import LiveMix, Rows, Weight
+from tangent_peft.tuner.safe_range import range_of
 
 
 if TYPE_CHECKING:
@@ -72,14 +73,21 @@ def check_finite(tuner: AxisVerbs, weights: Mapping[str, float]) -> dict[str, fl
 
 
 def check_weights(tuner: AxisVerbs, weights: Mapping[str, float]) -> dict[str, float]:
-    """The mix as plain floats, with a warning where λ is large.
+    """The mix as plain floats, with at most one warning for each axis.
+
+    An axis with a stored safe range (`TangentConfig.safe_range`) is warned of where λ is outside of it, by that range.
+    Every other λ beyond |λ| = 3 is warned of by TS-DPO's rule, also one that a stored range holds: the range says that
+    merging changes little there, the rule that answers were seen to break down.
 
     Raises:
         ValueError: as `check_finite`.
     """
     checked = check_finite(tuner, weights)
     for name, value in checked.items():
-        if abs(value) > SAFE_WEIGHT:
+        stored = range_of(tuner, name)
+        if stored is not None and not stored.holds(value):
+            warnings.warn(stored.warning(name, value), stacklevel=4)
+        elif abs(value) > SAFE_WEIGHT:
             warnings.warn(
                 f"λ = {value} for axis {name!r}: mixes beyond |λ| = {SAFE_WEIGHT:g} are outside the range in which "
                 "TS-DPO was found to work; check the linearity gap and read the answers.",

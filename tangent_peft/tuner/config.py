@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from tangent_peft.forward import Gradient
 from tangent_peft.tuner.card import write_usage_note
 from tangent_peft.tuner.registration import TANGENT
+from tangent_peft.tuner.safe_range import StoredRange
 
 
 @dataclass
@@ -48,6 +49,8 @@ class TangentConfig(PeftConfig):
             replays the blocks for which gradient checkpointing is enabled.
         base_fingerprint: sample of the base model's weights, recorded when the axis is created and compared when it is
             loaded; `None` skips the comparison.
+        safe_range: range of λ measured for this axis, which `tangent_peft.diagnose.store_safe_range` keeps here and
+            `combine_axes` and the exports warn by; see `StoredRange`. `None`: not measured.
     """
 
     r: int | None = field(default=None, metadata={"help": "Rank of τ = B·A; None: dense τ = ΔW."})
@@ -76,11 +79,15 @@ class TangentConfig(PeftConfig):
     base_fingerprint: str | None = field(
         default=None, metadata={"help": "Sample of the base weights; checked on load."}
     )
+    safe_range: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Range of λ within which the linearity gap was measured to be small."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = TANGENT
         self._check_rank()
+        StoredRange.read(self.safe_range)
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # as LoRA: saved sorted
         if isinstance(self.exclude_modules, list):

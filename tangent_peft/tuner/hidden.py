@@ -19,14 +19,14 @@ from transformers import PreTrainedModel
 from tangent_peft.forward import current_pass, evaluating, find_head, is_sharded, split
 from tangent_peft.forward.head import Head
 from tangent_peft.forward.trunk import Trunk
-from tangent_peft.tuner.axes import check_unmerged, check_weights, refuse_saved_modules, tangent_tuner
+from tangent_peft.tuner.axes import check_known, check_unmerged, preserved, refuse_saved_modules, switch, tangent_tuner
 from tangent_peft.tuner.heads import head_of
 from tangent_peft.tuner.targets import find_blocks
 
 
 PROBE_TOKENS = 8  # of the first row, on which the head is verified
 PROBE_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-2}
-_TRUNK_INPUTS = {"input_ids", "attention_mask"}  # what the trunk may depend on
+TRUNK_INPUTS = {"input_ids", "attention_mask"}  # what the trunk may depend on
 
 
 class _BackboneDone(Exception):
@@ -53,9 +53,9 @@ class AxisPasses:
         self.tuner = tangent_tuner(model)
         self.axes = list(self.tuner.peft_config) if axes is None else list(axes)
         _check_axes(self.axes)
-        mix = check_weights(self.tuner, dict.fromkeys(self.axes, 1.0))
+        check_known(self.tuner, self.axes)
         check_unmerged(self.tuner)
-        refuse_saved_modules(self.tuner, mix)
+        refuse_saved_modules(self.tuner, self.axes)
         self.root: Any = self.tuner.model
         head = find_head(self.root)
         if not isinstance(self.root, PreTrainedModel) or head is None or self.root.base_model is self.root:
@@ -80,8 +80,8 @@ class AxisPasses:
     def ready(self) -> Iterator[None]:
         """Eval mode, linearized and without gradients for the duration of a `with` block; finds the trunk."""
         with torch.no_grad(), self.tuner.linearized(True), evaluating(self.root):
-            with self.tuner.axes(dict.fromkeys(self.axes, 1.0)):
-                self._trunk = self._find_trunk()
+            with self._at(dict.fromkeys(self.axes, 1.0)):
+                self._trunk = trunk_of(self.root)
             yield
 
     def states(self, inputs: Mapping[str, Any], keep: Tensor) -> tuple[Tensor, list[Tensor | None]]:
@@ -97,18 +97,25 @@ class AxisPasses:
         if not self._verified:
             self._verify(inputs)
         trunk, below = self._trunk, None
-        if trunk is not None and set(inputs) <= _TRUNK_INPUTS:
+        if trunk is not None and set(inputs) <= TRUNK_INPUTS:
             below = trunk.hidden_states(**inputs)
         hidden: Tensor | None = None
         tangents: list[Tensor | None] = []
         for axis in self.axes:
             skipped = nullcontext() if trunk is None or below is None else trunk.skipped(below)
-            with self.tuner.axes({axis: 1.0}), skipped:
+            with self._at({axis: 1.0}), skipped:
                 primal, tangent = self._backbone(inputs)
             hidden = primal[keep] if hidden is None else hidden
             tangents.append(None if tangent is None else tangent[keep])
         assert hidden is not None
         return hidden, tangents
+
+    @contextmanager
+    def _at(self, weights: Mapping[str, float]) -> Iterator[None]:
+        """A mix that is linearized, so that no stored range of λ, which is about weights, is warned of."""
+        with preserved(self.tuner):
+            switch(self.tuner, weights)
+            yield
 
     def _backbone(self, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor | None]:
         """Primal and tangent (B, T, D) of the backbone's last hidden state in the active mix; the head does not run."""
@@ -137,24 +144,13 @@ class AxisPasses:
         finally:
             handle.remove()
 
-    def _find_trunk(self) -> Trunk | None:
-        """The part below all axes; `None` where the model can not be cut: every pass is then a whole one."""
-        found = find_blocks(self.root)
-        blocks = None if found is None else self.root.get_submodule(found[0])
-        if not isinstance(blocks, nn.ModuleList):
-            return None
-        try:
-            return Trunk(self.root, blocks)
-        except ValueError:
-            return None
-
     def _verify(self, inputs: Mapping[str, Any]) -> None:
         """The model's own linearized logits are those of the head as it was read, on a few tokens of each axis."""
-        if set(inputs) <= _TRUNK_INPUTS:
+        if set(inputs) <= TRUNK_INPUTS:
             inputs = {name: value[:1, :PROBE_TOKENS] for name, value in inputs.items()}
         for axis, head in zip(self.axes, self.heads, strict=True):
             states: list[tuple[Tensor, Tensor | None]] = []
-            with self.tuner.axes({axis: 1.0}), self._watched(states.append):
+            with self._at({axis: 1.0}), self._watched(states.append):
                 expected = self.root(**inputs, use_cache=False).logits[0]
             primal, tangent = states[0]
             found = _logits(head, primal[0], None if tangent is None else tangent[0])
@@ -171,6 +167,18 @@ class AxisPasses:
                     "pass. Score each mix by itself (`pair_logps`, inside `with model.axes({...}):`)."
                 )
         self._verified = True
+
+
+def trunk_of(root: PreTrainedModel) -> Trunk | None:
+    """The part of a model below all active axes; `None` where it can not be cut, and every pass is a whole one."""
+    found = find_blocks(root)
+    blocks = None if found is None else root.get_submodule(found[0])
+    if not isinstance(blocks, nn.ModuleList):
+        return None
+    try:
+        return Trunk(root, blocks)
+    except ValueError:
+        return None
 
 
 def _detached(head: Head) -> Head:

@@ -21,6 +21,9 @@ from tangent_peft.forward import evaluating
 from tangent_peft.tuner.axes import check_enabled, tangent_tuner
 
 
+GAP_LIMIT = 0.5  # from where on a merged mix is called another model than the linearized one
+
+
 @dataclass(frozen=True)
 class LinearityGap:
     """Result of `linearity_gap`.
@@ -63,7 +66,7 @@ def linearity_gap(model: torch.nn.Module, batches: Iterable[Mapping[str, Tensor]
         for inputs in batches:
             with tuner.linearized(True):
                 linear = model(**inputs, use_cache=False).logits
-            real = _real_positions(inputs, linear)
+            real = real_positions(inputs, linear)
             linear = linear[real]
             with tuner.linearized(False):
                 merged = model(**inputs, use_cache=False).logits[real]
@@ -78,8 +81,13 @@ def linearity_gap(model: torch.nn.Module, batches: Iterable[Mapping[str, Tensor]
     return LinearityGap(weights, missed / moved if moved else 0.0, moved / size if size else 0.0, tokens)
 
 
-def _real_positions(inputs: Mapping[str, Tensor], logits: Tensor) -> Any:
-    """An index of the logits (B, T, V) that are not of padding; all of those of a classifier (B, C)."""
+def real_positions(inputs: Mapping[str, Tensor], logits: Tensor) -> Any:
+    """An index of the logits (B, T, V) that are not of padding; all of those of a classifier (B, C).
+
+    Args:
+        inputs: of the model, as `linearity_gap` takes them.
+        logits: what the model gave for them.
+    """
     if "logits_to_keep" in inputs or logits.ndim < 3:
         return ...
     return inputs["attention_mask"].bool() if "attention_mask" in inputs else inputs["input_ids"] >= 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 from torch import Tensor, nn
 
 from tangent_peft.forward import full_shape
@@ -19,6 +21,13 @@ class AxisConfigs(dict[str, TangentConfig]):
     def __init__(self, configs: dict[str, TangentConfig]) -> None:
         super().__init__(configs)
         self.deleted: set[str] = set()
+
+    def __setitem__(self, name: str, config: TangentConfig) -> None:
+        """Keeps it; an axis made from the very configuration of another one has not that one's safe range."""
+        if config.safe_range is not None and any(config is other for key, other in self.items() if key != name):
+            config = copy.copy(config)
+            config.safe_range = None
+        super().__setitem__(name, config)
 
     def __delitem__(self, name: str) -> None:
         super().__delitem__(name)

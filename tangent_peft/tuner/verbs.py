@@ -41,6 +41,9 @@ class AxisVerbs(BaseTuner):
                 as a new adapter of that name (at λ = 1, not activated): of the same rank for shared projections, of the
                 sum of the ranks for trained ones, dense if one of the axes is.
 
+        A λ outside of the axis's stored safe range (`tangent_peft.diagnose.store_safe_range`), or else beyond
+        |λ| = 3, is warned of.
+
         Raises:
             ValueError: for an unknown axis, a λ that is not finite, a name that is taken, a merged model.
         """
@@ -228,8 +231,9 @@ class AxisVerbs(BaseTuner):
                 model itself (4 rows of 32 tokens); `False`: not measured, for models on which that is too slow.
 
         Returns:
-            What was written, with the gap and what rounding to the base's dtype left of the mix (`rounding`, warned of
-            where much is lost); it prints, and has a `push_to_hub`.
+            What was written, with the gap (warned of over the limit of the axes' safe ranges, or over 0.5) and what
+            rounding to the base's dtype left of the mix (`rounding`, warned of where much is lost); it prints, and has
+            a `push_to_hub`.
 
         Raises:
             ValueError: if the base is not a transformers model, adapters are disabled or merged, an axis keeps extra
@@ -270,7 +274,8 @@ class AxisVerbs(BaseTuner):
         `merge_and_unload` adds it to the other one as well; a warning says so, and `head="merge"` has no such limit.
 
         Returns:
-            What was written: rank, relative error, gap; it prints, with vLLM's flags, and has a `push_to_hub`.
+            What was written: rank, relative error, gap (warned of as by `export_merged`); it prints, with vLLM's
+            flags, and has a `push_to_hub`.
 
         Raises:
             ValueError: for an empty mix, adapters that are disabled or merged, a rank that is none, an axis that keeps

@@ -6,6 +6,7 @@ what the model finds likely. A gap on your own prompts says more; give them.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,8 +17,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tangent_peft.forward import evaluating
+from tangent_peft.tuner.algebra import axis_norm
 from tangent_peft.tuner.axes import preserved, switch
-from tangent_peft.tuner.linearity import LinearityGap, linearity_gap
+from tangent_peft.tuner.linearity import GAP_LIMIT, LinearityGap, linearity_gap
+from tangent_peft.tuner.safe_range import is_of_this_tangent, range_of
 
 
 if TYPE_CHECKING:
@@ -76,6 +79,45 @@ def calibrate(tuner: AxisVerbs, weights: Mapping[str, float], data: CalibrationD
         data, source = [base_sample(tuner)], f"sampled from the base model, seed {SEED}"
     with _at(tuner, weights):
         return Calibration(linearity_gap(tuner, data), source)
+
+
+def warn_of_gap(tuner: AxisVerbs, calibration: Calibration, stacklevel: int) -> None:
+    """Warns of a mix whose measured gap is over the limit of its axes' safe ranges, by default `GAP_LIMIT`.
+
+    That each axis is within its own range says nothing of their mix, which is what was measured. An axis that is not
+    the one its range was measured on is warned of as well.
+
+    Args:
+        tuner: the wrapped model.
+        calibration: of the mix.
+        stacklevel: of `warnings.warn`.
+    """
+    if calibration.gap is None:
+        return
+    weights, gap = calibration.gap.weights, calibration.gap.gap
+    ranges = {name: stored for name in weights if (stored := range_of(tuner, name)) is not None}
+    for name, stored in ranges.items():
+        norm = axis_norm(tuner.model, name)
+        if not is_of_this_tangent(stored, norm):
+            warnings.warn(
+                f"The safe range of axis {name!r} was measured when ‖τ‖ was {stored.norm:.4g}; it is {norm:.4g} now, "
+                "so the axis has changed since. Measure it again (`tangent_peft.diagnose.safe_range`) and store it.",
+                stacklevel=stacklevel,
+            )
+    limits = [stored.limit for stored in ranges.values() if stored.measure == "logits"]
+    limit = min(limits, default=GAP_LIMIT)
+    if gap <= limit:
+        return
+    root: Any = tuner.model
+    dtype = next(parameter.dtype for parameter in root.parameters() if parameter.is_floating_point())
+    rounded = f" It was measured in {dtype}, of whose rounding it may be a part." if dtype.itemsize < 4 else ""
+    whose = "that the axes' safe ranges are for" if limits else "up to which merging is taken to be safe"
+    warnings.warn(
+        f"The linearity gap of the exported mix {weights} is {gap:.2f}, over the limit of {limit:g} {whose}: the "
+        "network at these weights is another model than the linearized one that was trained, also where each axis is "
+        f"within its own range. Lower the λ, or judge the exported model on its own.{rounded}",
+        stacklevel=stacklevel,
+    )
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from tangent_peft.tuner.decompose import Pair, Rank, check_rank, decompose, pad,
 from tangent_peft.tuner.embedding import TangentEmbedding
 from tangent_peft.tuner.experts import TangentExperts
 from tangent_peft.tuner.export.atomic import fresh_folder
-from tangent_peft.tuner.export.calibration import CalibrationData, calibrate
+from tangent_peft.tuner.export.calibration import CalibrationData, calibrate, warn_of_gap
 from tangent_peft.tuner.export.card import write_card
 from tangent_peft.tuner.export.loadable import check_called, loadable
 from tangent_peft.tuner.export.lora_format import lora_state
@@ -101,6 +101,7 @@ def export_lora(tuner: AxisVerbs, path: Path, weights: dict[str, float], options
             write_model(tuner, folder / "base", weights, MergedOptions(), plan.merged, export.rounding)
         write_card(folder, export)
         export.write_record(folder)
+    warn_of_gap(tuner, calibration, stacklevel=4)
     export.rounding.warn(stacklevel=4)
     return export
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from tangent_peft.tuner.axes import active_weights, check_unmerged, check_weights, refuse_saved_modules, tangent_layers
 from tangent_peft.tuner.backends import unpack_state
 from tangent_peft.tuner.export.atomic import check_place, fresh_folder
-from tangent_peft.tuner.export.calibration import CalibrationData, calibrate
+from tangent_peft.tuner.export.calibration import CalibrationData, calibrate, warn_of_gap
 from tangent_peft.tuner.export.card import write_card
 from tangent_peft.tuner.export.record import RECORD, MergedExport, base_names, describe_axes, describe_base
 from tangent_peft.tuner.export.tokenizer import Tokenizer, find_tokenizer
@@ -62,6 +62,7 @@ def export_merged(tuner: AxisVerbs, path: Path, weights: dict[str, float], optio
         )
         write_card(folder, export)
         export.write_record(folder)
+    warn_of_gap(tuner, calibration, stacklevel=4)
     rounding.warn(stacklevel=4)
     return export
 
