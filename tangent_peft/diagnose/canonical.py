@@ -93,7 +93,7 @@ def principal(rows: Rows) -> Principal:
     triangle, energy = np.zeros((0, rows.shape[1])), 0.0
     for part in chunked(rows):
         energy += float(np.sum(part**2))
-        triangle = np.linalg.qr(np.concatenate([triangle, part - mean]), mode="r")
+        triangle = np.asarray(np.linalg.qr(np.concatenate([triangle, part - mean]), mode="r"))
     _, values, directions = np.linalg.svd(triangle, full_matrices=False)
     noise = max(rows.shape) * float(np.finfo(rows.dtype).eps) * math.sqrt(energy)
     rank = int(np.sum(values > noise)) if energy else 0
