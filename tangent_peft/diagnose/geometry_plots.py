@@ -11,11 +11,10 @@ import numpy as np
 
 from tangent_peft.diagnose.interference_plots import MOST_PANELS
 from tangent_peft.diagnose.places import Cells
-from tangent_peft.evaluate.plots.drawing import COLORS, DASHES, INK, PALE, color_map, drawing, pictures
+from tangent_peft.evaluate.plots.drawing import COLORS, DASHES, PALE, color_map, drawing, pictures
 
 
 SIGNED = "PuOr_r"  # orange above zero, violet below: told apart by color-blind readers too
-WRITTEN = 12  # columns up to which the cells have their number written in them
 
 
 def plot_cosines(path: Path, pairs: Mapping[str, Cells]) -> Path:
@@ -115,7 +114,7 @@ def _maps(path: Path, panels: Sequence[tuple[str, Cells, str, tuple[float, float
     kinds = list(dict.fromkeys(kind for _, cells, _, _ in panels for kind, _ in cells))
     found = {block for _, cells, _, _ in panels for _, block in cells}
     blocks = [*sorted(block for block in found if block is not None), *([None] if None in found else [])]
-    across = min(2, len(panels))
+    across, shared = min(2, len(panels)), len({limits for *_, limits in panels}) == 1
     down = -(-len(panels) // across)
     size = (across * (2.6 + 0.22 * max(8, len(blocks))), 0.6 + down * (1.1 + 0.2 * max(4, len(kinds))))
     with drawing(path, size) as figure:
@@ -126,24 +125,13 @@ def _maps(path: Path, panels: Sequence[tuple[str, Cells, str, tuple[float, float
             axes.set_facecolor(PALE)  # where an axis has no tangent
             labels = ["–" if block is None else str(block) for block in blocks]
             axes.set_xticks(range(len(blocks)), labels, fontsize=7)
-            axes.set_yticks(range(len(kinds)), kinds, fontsize=7)
+            axes.set_yticks(range(len(kinds)), kinds if axes in grid[::across] else [""] * len(kinds), fontsize=7)
             axes.set(title=name, xlabel="block (–: none)")
-            figure.colorbar(image, ax=axes)
-            if len(blocks) <= WRITTEN:
-                _write(axes, values, limits)
+            if not shared:
+                figure.colorbar(image, ax=axes)
         for unused in grid[len(panels) :]:
             unused.set_axis_off()
+        if shared:
+            figure.colorbar(image, ax=grid)
         figure.suptitle(title)
     return pictures(path)[0]
-
-
-def _write(axes: Any, values: np.ndarray, limits: tuple[float, float]) -> None:
-    """The numbers in their cells; light ones on what is dark."""
-    signed = limits[0] < 0
-    for (row, column), value in np.ndenumerate(values):
-        if math.isnan(value):
-            continue
-        share = (value - limits[0]) / (limits[1] - limits[0])
-        dark = abs(share - 0.5) > 0.4 if signed else share < 0.5
-        text = f"{value:.2g}" if abs(value) >= 0.005 or not signed else "0"
-        axes.text(column, row, text, ha="center", va="center", fontsize=6, color="white" if dark else INK)

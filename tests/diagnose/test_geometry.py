@@ -277,13 +277,15 @@ def test_places() -> None:
 
 
 def test_one_axis_has_no_pairs_and_draws(tmp_path: Path) -> None:
-    found = axis_geometry(axes(help={"form": "shared"}))
+    found = axis_geometry(axes(help={"form": "shared", "target_modules": ["q_proj"]}))
     assert found.pairs == [] and found.verdicts() == [] and len(found.tables()) == 1
     assert [file.stem for file in found.plot(tmp_path)] == ["geometry_modules", "geometry_spectra"]
 
 
 def test_prints_saves_and_draws(tmp_path: Path) -> None:
-    found = axis_geometry(axes(help={"form": "shared"}, verb={"form": "dense"}, zero={"init_weights": True}))
+    few: dict[str, Any] = {"target_modules": ["q_proj", "down_proj"]}
+    configs = {"help": {"form": "shared"}, "verb": {"form": "dense"}, "zero": {"init_weights": True}}
+    found = axis_geometry(axes(**{axis: {**options, **few} for axis, options in configs.items()}))
     text = str(found)
     assert "help – verb" in text and "self_attn.q_proj" in text and "lm_head" in text
     found.save(tmp_path / "out.json")
