@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from tangent_peft.diagnose.geometry_plots import plot_cosines, plot_modules, plot_overlaps, plot_spectra
+from tangent_peft.diagnose.overlap import mean_known
 from tangent_peft.diagnose.places import Cells, Place, grouped, place_of, stack_of
 from tangent_peft.diagnose.result import Cell, Diagnosis, Table, Verdict
 from tangent_peft.diagnose.subspaces import Angles, Directions, Ranks, by_matrix, leading
@@ -195,7 +196,7 @@ class AxisGeometry(Diagnosis):
         for axis in self.axes:
             for cell, held in grouped([m for m in self.modules if m.axis == axis]).items():
                 norms[axis][cell] = math.sqrt(sum(m.ranks.norm**2 for m in held))
-                ranks[axis][cell] = _mean([m.ranks.effective for m in held])
+                ranks[axis][cell] = mean_known([m.ranks.effective for m in held])
         drawn = [
             plot_modules(target / "geometry_modules", norms, ranks),
             plot_spectra(target / "geometry_spectra", {a: self._spectra(a) for a in self.axes}),
@@ -223,12 +224,6 @@ class AxisGeometry(Diagnosis):
         return [m.ranks.values for m in self.modules if m.axis == axis and m.ranks.norm]
 
 
-def _mean(values: Sequence[float]) -> float:
-    """The mean of those that are numbers; NaN if none is."""
-    known = [value for value in values if not math.isnan(value)]
-    return sum(known) / len(known) if known else math.nan
-
-
 def _joint_cosine(pairs: Sequence[ModulePair]) -> float:
     """The cosine over several modules together."""
     inner = sum(p.cosine * p.norms[0] * p.norms[1] for p in pairs if not math.isnan(p.cosine))
@@ -240,10 +235,10 @@ def _overlaps(pairs: Sequence[ModulePair]) -> tuple[float, float, float, float]:
     """Mean overlap and its chance level, of columns and of rows."""
     columns, rows = [p.columns for p in pairs], [p.rows for p in pairs]
     return (
-        _mean([a.overlap for a in columns]),
-        _mean([a.chance for a in columns]),
-        _mean([a.overlap for a in rows]),
-        _mean([a.chance for a in rows]),
+        mean_known([a.overlap for a in columns]),
+        mean_known([a.chance for a in columns]),
+        mean_known([a.overlap for a in rows]),
+        mean_known([a.chance for a in rows]),
     )
 
 

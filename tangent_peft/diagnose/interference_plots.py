@@ -45,12 +45,13 @@ def plot_correlations(path: Path, pairs: ByLayer) -> Path:
     return pictures(path)[0]
 
 
-def plot_depth(path: Path, pairs: ByLayer) -> Path:
-    """Mean ρ, its chance level, debiased CKA and mean cosine against the layer, a panel for each pair.
+def plot_depth(path: Path, pairs: ByLayer, controls: Mapping[str, Mapping[int, tuple[float, ...]]]) -> Path:
+    """Mean cosine, debiased CKA and mean ρ against the layer, with those of controls; a panel for each pair.
 
     Args:
         path: where to save.
         pairs: overlaps by pair of axes and layer; the first nine pairs are drawn.
+        controls: the same three numbers of controls.
 
     Returns:
         The PNG file.
@@ -68,6 +69,9 @@ def plot_depth(path: Path, pairs: ByLayer) -> Path:
             for index, (label, values) in enumerate(lines.items()):
                 look: dict[str, Any] = {"marker": MARKERS[index], "linestyle": DASHES[index], "ms": 4}
                 axes.plot(layers, values, color=colors(0.4 * index), label=label, **look)
+                control = [controls[name][layer][index] for layer in layers]
+                axes.plot(layers, control, color=colors(0.4 * index), alpha=0.45, mfc="none", **look)
+            axes.plot([], [], color=INK, alpha=0.45, marker="o", mfc="none", ms=4, label="pale: controls")
             axes.plot(layers, [overlap.cca.null_mean for overlap in found], color=PALE, label="mean ρ by chance")
             axes.axhline(0.0, color=INK, linewidth=0.6)
             axes.set(xlabel="layer (0 enters the first block)", ylim=(-1.03, 1.03), title=name)

@@ -8,6 +8,7 @@ choices are ours and stand in the result.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -224,3 +225,9 @@ def _cosines(first: Rows, second: Rows, sides: tuple[Principal, Principal]) -> t
     mean_a, mean_b = sides[0].mean, sides[1].mean
     norm = float(np.linalg.norm(mean_a) * np.linalg.norm(mean_b))
     return np.concatenate(found), float(mean_a @ mean_b) / norm if norm else math.nan
+
+
+def mean_known(values: Sequence[float]) -> float:
+    """The mean of those that are numbers; NaN if none is."""
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else math.nan

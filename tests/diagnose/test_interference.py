@@ -10,11 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cases import config, in_float64
+from cases import config, in_float64, tangent_layers
 from conftest import QUESTIONS, build
 from peft import PeftModel, get_peft_model
+from tolerances import assert_equal
 
-from tangent_peft.diagnose.interference import InterferenceSettings, _batches, _shifts, axis_interference
+from tangent_peft.diagnose.controls import scrambled
+from tangent_peft.diagnose.geometry import axis_geometry
+from tangent_peft.diagnose.interference import _batches, _shifts, axis_interference
+from tangent_peft.diagnose.interference_result import InterferenceSettings
 from tangent_peft.diagnose.overlap import shift_overlap
 from tangent_peft.diagnose.states import ModelState
 
@@ -47,10 +51,10 @@ def states_by_hand(model: Any, tokenizer: Any, prompts: list[str]) -> torch.Tens
 
 
 def shifts(model: PeftModel, tokenizer: Any, kind: str) -> dict[str, torch.Tensor]:
-    settings = InterferenceSettings(shift=kind, batch_size=3)  # type: ignore[arg-type]
+    settings = InterferenceSettings(shift=kind, batch_size=3, controls=False)  # type: ignore[arg-type]
     found: dict[str, list[torch.Tensor]] = {"help": [], "verb": []}
     for batch in _batches(tokenizer, PROMPTS[:5], settings, ModelState.base(model)):
-        for name, rows in _shifts(model, ["help", "verb"], batch, kind):
+        for (name, _), rows in _shifts(model, ["help", "verb"], batch, settings):
             found[name].append(rows)
     return {name: torch.cat(rows, 1) for name, rows in found.items()}
 
@@ -80,8 +84,9 @@ def test_the_result_is_the_overlap_of_those_shifts(tokenizer: Any) -> None:
     found = axis_interference(model, tokenizer, PROMPTS, settings=settings)
     assert [(p.first, p.second, p.layer) for p in found.pairs] == [("help", "verb", 2), ("help", "verb", 3)]
     assert found.layers == [2, 3] and found.prompts == 20 and found.last_layer == 3 and found.dtype == "float32"
-    one_batch = next(iter(_batches(tokenizer, PROMPTS, InterferenceSettings(batch_size=20), ModelState.base(model))))
-    rows = {name: x[3].numpy() for name, x in _shifts(model, ["help", "verb"], one_batch, "tangent")}
+    alone = InterferenceSettings(batch_size=20, controls=False)
+    one_batch = next(iter(_batches(tokenizer, PROMPTS, alone, ModelState.base(model))))
+    rows = {name: x[3].numpy() for (name, _), x in _shifts(model, ["help", "verb"], one_batch, alone)}
     expected = shift_overlap(rows["help"], rows["verb"], permutations=19, seed=5)
     assert found.pairs[1].overlap.cosine == pytest.approx(expected.cosine, abs=1e-4)
     assert found.pairs[1].overlap.cca.correlations == pytest.approx(expected.cca.correlations, abs=1e-2)
@@ -99,7 +104,47 @@ def test_an_axis_and_its_multiple_are_one(tokenizer: Any) -> None:
     assert found.pairs[0].norms[1] == pytest.approx(2 * found.pairs[0].norms[0], rel=1e-4)
     first, second = found.verdicts()
     assert first.finding == "warning" and "against each other" in first.text
-    assert second.finding == "unknown" and "vary together" in second.text
+    assert second.finding == "unknown" and "more than those of controls" in second.text
+    assert all(control.correlation < overlap.cca.mean for control in found.pairs[0].control)
+    without = InterferenceSettings(permutations=19, controls=False)
+    found = axis_interference(model, tokenizer, PROMPTS, ["help", "back"], without)
+    assert found.pairs[0].control == [] and "only controls" in found.verdicts()[1].text
+
+
+@pytest.mark.parametrize("form", ["shared", "trained", "dense"])
+def test_a_control_keeps_all_but_where_it_writes(form: str) -> None:
+    model = two_axes(form)
+    before = {m.place.name: m for m in axis_geometry(model).modules if m.axis == "verb"}
+    kept = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    with scrambled(model, "verb", 3):
+        geometry = axis_geometry(model)
+        for m in geometry.modules:
+            if m.axis == "verb":
+                assert m.ranks.values == pytest.approx(before[m.place.name].ranks.values, rel=1e-4, abs=1e-6)
+        changed = [layer.delta("verb", 1.0).detach().clone() for layer in tangent_layers(model)]
+    for layer, delta in zip(tangent_layers(model), changed, strict=True):
+        original = layer.delta("verb", 1.0)
+        assert_equal(delta.mT @ delta, original.mT @ original, 1e-4)  # what it reads, and how strongly
+        assert float((delta * original).sum().abs() / original.square().sum()) < 0.5
+    assert all(torch.equal(parameter, kept[name]) for name, parameter in model.named_parameters())
+
+
+def test_a_control_is_undone_after_an_error() -> None:
+    model = two_axes()
+    kept = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    with pytest.raises(KeyError), scrambled(model, "help", 0):
+        raise KeyError
+    assert all(torch.equal(parameter, kept[name]) for name, parameter in model.named_parameters())
+
+
+def test_controls_repeat_with_the_seed(tokenizer: Any) -> None:
+    model = two_axes()
+    found = [
+        axis_interference(model, tokenizer, PROMPTS, settings=InterferenceSettings(permutations=3, seed=seed))
+        for seed in (1, 1, 2)
+    ]
+    assert found[0].pairs[0].control == found[1].pairs[0].control != found[2].pairs[0].control
+    assert found[0].pairs[0].overlap.cosine == found[2].pairs[0].overlap.cosine
 
 
 def test_answers_take_the_mean_over_their_tokens(tokenizer: Any, pairs: Any) -> None:
