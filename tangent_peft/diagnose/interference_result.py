@@ -145,7 +145,7 @@ class Interference(Diagnosis):
         columns += ["CKA", "control", "biased CKA"]
         note = (
             f"{self._setting()} cosine: mean over the prompts, with quantiles. CKA: linear, debiased; the published "
-            "form, the biased one, is near 1 for N below d. control: with the same τ writing in random directions. mean "
+            "form (biased) is near 1 for N below d. control: with the same τ writing in random directions. mean "
             "share: energy of the shifts that is the same for every prompt; CKA and CCA see only the rest."
         )
         return Table("Functional cosine and CKA", [*columns, "mean share 1st", "mean share 2nd"], rows, note)
