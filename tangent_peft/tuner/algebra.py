@@ -8,7 +8,7 @@ knows of λ, of what is active, or of modules that an axis keeps (`modules_to_sa
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -146,7 +146,20 @@ def _known(model: nn.Module) -> list[str]:
 
 
 @torch.no_grad()
-def _gram(model: nn.Module, names: Sequence[str]) -> Tensor:
+def layer_factors(model: nn.Module, names: Sequence[str]) -> Iterator[tuple[TangentLayer, dict[str, TangentFactors]]]:
+    """Each wrapped layer with the tangents, at λ = 1, that some axes have there; one layer in memory at a time.
+
+    Args:
+        model: the wrapped model; all processes of a sharded one go through all layers together.
+        names: the axes.
+
+    Returns:
+        Layers in the model's order, without those that none of the axes wraps; tangents whole where an engine shards
+        them, for as long as the layer is the current one.
+
+    Raises:
+        ValueError: for an unknown axis.
+    """
     known = _known(model)
     unknown = [name for name in names if name not in known]
     if unknown:
@@ -154,22 +167,30 @@ def _gram(model: nn.Module, names: Sequence[str]) -> Tensor:
             f"Unknown axis {unknown[0]!r}; this model has {sorted(known)}. Load it first with "
             f"`model.load_adapter(path, adapter_name={unknown[0]!r})`."
         )
-    gram = torch.zeros(len(names), len(names), dtype=torch.float64)
     for layer in tangent_layers(model):
-        present = [index for index, name in enumerate(names) if name in layer.tangent_r]
+        present = [name for name in dict.fromkeys(names) if name in layer.tangent_r]
         if present:
-            gram[torch.tensor(present)[:, None], present] += _layer_gram(layer, [names[index] for index in present])
+            with gathered(
+                parameter for name in present for leaf in layer.leaves(name) for parameter in leaf.parameters()
+            ):
+                yield layer, {name: _whole(layer.factors(name, 1.0)) for name in present}
+
+
+@torch.no_grad()
+def _gram(model: nn.Module, names: Sequence[str]) -> Tensor:
+    gram = torch.zeros(len(names), len(names), dtype=torch.float64)
+    for _, factors in layer_factors(model, names):
+        present = [index for index, name in enumerate(names) if name in factors]
+        gram[torch.tensor(present)[:, None], present] += _layer_gram([factors[names[index]] for index in present])
     return gram
 
 
-def _layer_gram(layer: TangentLayer, names: Sequence[str]) -> Tensor:
-    """The inner products at one layer (K, K), on the CPU; gathers what an engine shards."""
-    with gathered(parameter for name in names for leaf in layer.leaves(name) for parameter in leaf.parameters()):
-        factors = [_whole(layer.factors(name, 1.0)) for name in names]
-        gram = torch.zeros(len(names), len(names), dtype=torch.float64)
-        for i, x in enumerate(factors):
-            for j, y in enumerate(factors[: i + 1]):
-                gram[i, j] = gram[j, i] = x.inner(y).item()
+def _layer_gram(factors: Sequence[TangentFactors]) -> Tensor:
+    """The inner products at one layer (K, K), on the CPU."""
+    gram = torch.zeros(len(factors), len(factors), dtype=torch.float64)
+    for i, x in enumerate(factors):
+        for j, y in enumerate(factors[: i + 1]):
+            gram[i, j] = gram[j, i] = x.inner(y).item()
     return gram
 
 
