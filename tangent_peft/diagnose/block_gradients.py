@@ -1,11 +1,12 @@
 """Where in the depth of a model the DPO loss pulls: the squared norm of its gradient in each block's weights.
 
-L = mean over pairs of −log σ(β [(log π(y_w) − log π(y_l)) − (log π_ref(y_w) − log π_ref(y_l))]), answers scored as sums of
-log-probs. The gradient is that of the ordinary network in its full weights θ; of a base with axes it is taken at
-θ(λ) = θ₀ + Σ λᵢ τᵢ, axes added as weights, also where they otherwise run linearized. Its norm is that of the mean over
-all pairs, so it can be taken only once the last batch has added to it: until then gradients of some blocks are held, as
-many as fit `memory`, and the pairs are run again for the next blocks. With all pairs in one batch nothing is held but the
-gradient of one weight. Knows no trainer.
+    L = mean over pairs of −log σ(β [(log π(y_w) − log π(y_l)) − (log π_ref(y_w) − log π_ref(y_l))])
+
+An answer's log π is the sum over its tokens. The gradient is that of the ordinary network in its full weights θ; of a
+base with axes it is taken at θ(λ) = θ₀ + Σ λᵢ τᵢ, axes added as weights, also where they otherwise run linearized. Its
+norm is that of the mean over all pairs, so it can be taken only once the last batch has added to it: until then the
+gradients of some blocks are held, as many as fit `memory`, and the pairs are run again for the next blocks. With all
+pairs in one batch nothing is held but the gradient of one weight. Knows no trainer.
 """
 
 from __future__ import annotations
@@ -100,7 +101,9 @@ def block_gradients(
     if not (math.isfinite(beta) and beta > 0):
         raise ValueError(f"beta is {beta!r}; DPO needs a positive number.")
     if reference.shape != (len(pairs), 2):
-        raise ValueError(f"The reference has the shape {tuple(reference.shape)} for {len(pairs)} pairs; expected (N, 2).")
+        raise ValueError(
+            f"The reference has the shape {tuple(reference.shape)} for {len(pairs)} pairs; expected (N, 2)."
+        )
     chunks = [slice(start, start + batch_size) for start in range(0, len(pairs), batch_size)]
     energy: list[float] = []
     with _as_weights(state) as root, torch.enable_grad():
@@ -112,7 +115,7 @@ def block_gradients(
                 for chunk in chunks:
                     learner.is_last = chunk is chunks[-1]
                     part = _loss(root, tokenizer, pairs[chunk], reference[chunk], beta) / len(pairs)
-                    part.backward()  # type: ignore[no-untyped-call]
+                    part.backward()
                     loss += float(part.detach())
                 learner.collect()
             energy += learner.energy
@@ -154,8 +157,8 @@ def _weights(block: nn.Module, number: int) -> list[nn.Parameter]:
     packed = [f"{name} ({p.dtype})" for name, p in named if not p.is_floating_point()]
     if packed:
         raise TypeError(
-            f"Weights of block {number} can not have a gradient: {', '.join(packed[:3])}. Load the model unquantized to "
-            "see where its gradient concentrates."
+            f"Weights of block {number} can not have a gradient: {', '.join(packed[:3])}. Load the model unquantized "
+            "to see where its gradient concentrates."
         )
     return [p for _, p in named]
 

@@ -6,12 +6,13 @@ p_ℓ = softmax of the head, after the final norm, of the residual stream h_ℓ;
     ℒ_ℓ = 2 arccos Σ_v √(p_ℓ p_ℓ₊₁) = 4 arcsin(‖√p_ℓ − √p_ℓ₊₁‖ / 2)        between 0 and π
 
 The second form is used: near 1 the arccos of float32 knows nothing below 7·10⁻⁴. Nor do the differences of two rounded
-logits; so the change of the logits is computed as such, W·(n_ℓ₊₁ − n_ℓ), and that of the final norm n = N(h), where it is
-small, as the derivative of N halfway: N(h + Δ/2) − N(h − Δ/2) = N'(h)·Δ + O(Δ³). With δ the change of log p,
+logits; so where layers are close, the change of the logits is computed as such, W·(n_ℓ₊₁ − n_ℓ), and that of the final
+norm n = N(h), where it is small, as the derivative of N halfway: N(h + Δ/2) − N(h − Δ/2) = N'(h)·Δ + O(Δ³). With δ the
+change of log p,
 
     √q − √p = ± exp(½ max(log p, log q)) · (1 − exp(−½ |δ|))
 
-which keeps its digits both for tiny δ and for large ones. All of it is float32.
+keeps the digits of δ. All of it is float32.
 
 The final norm is whatever the model applies between its last block and its head. It is found by watching a forward, and
 used once the model's own logits have come out of it. A linearized model is looked at through the linearized lens: with
@@ -21,7 +22,7 @@ Letters: n positions, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -44,6 +45,7 @@ from tangent_peft.tuner.targets import find_blocks
 
 Stream: TypeAlias = tuple[Tensor, Tensor | None]  # h and its tangent ḣ (n, D) of one layer; `None`: no linearized model
 NEAR = 3e-3  # ‖Δ‖/‖h‖ below which the derivative halfway is more exact than a difference; at it both are to 1e-4
+CLOSE = 2e4  # roundings of the largest logit; distances above are exact to 1e-3 from rounded logits
 SMALL = 1.0  # largest |δ| of logits whose normalizer is computed from its difference to 1
 TILE_ENTRIES = 2**22  # logits held at a time, of each of half a dozen such tensors
 PART = 2**13  # rows of the head that are converted to float32 at a time
@@ -109,15 +111,34 @@ class Lens:
         slope = self.logits(here).mul_(self.logits(there)).div_(-cap * cap).add_(1.0)
         return change.div_(cap).tanh_().mul_(slope).mul_(cap)
 
-    def transport(self, here: Stream, there: Stream) -> Tensor:
-        """ℒ (n,): the Fisher–Rao distance of the distributions of two layers, in radians; positions are tiled."""
-        step = max(1, TILE_ENTRIES // len(self.head.weight))
-        parts = []
-        for start in range(0, len(here[0]), step):
-            pair = [tuple(None if x is None else x[start : start + step] for x in s) for s in (here, there)]
-            first, second = ((h, dh) for h, dh in pair)
-            parts.append(fisher_rao(self.logits(first), self.change(first, second)))  # type: ignore[arg-type]
-        return torch.cat(parts) if parts else here[0].new_zeros(0)
+    def transport(self, layers: Sequence[Stream]) -> Tensor:
+        """ℒ (n, number of layers − 1), in radians: the Fisher–Rao distance of each layer to the next, at n positions.
+
+        Two layers are held at a time, of a tile of positions. Where the distance is too short for rounded logits to
+        tell, it is computed again from their exact change.
+        """
+        count, step = len(layers[0][0]), max(1, TILE_ENTRIES // len(self.head.weight))
+        found = layers[0][0].new_empty(count, len(layers) - 1)
+        for start in range(0, count, step):
+            rows = slice(start, start + step)
+            tile = [_rows(stream, rows) for stream in layers]
+            here, reach = self._roots(tile[0])
+            for index in range(len(tile) - 1):
+                there, reach_there = self._roots(tile[index + 1])
+                distance = _arc((here - there).norm(dim=-1))
+                doubtful = distance < CLOSE * torch.finfo(distance.dtype).eps * torch.maximum(reach, reach_there)
+                if bool(doubtful.any()):
+                    pair = _rows(tile[index], doubtful), _rows(tile[index + 1], doubtful)
+                    distance[doubtful] = fisher_rao(self.logits(pair[0]), self.change(*pair))
+                found[rows, index] = distance
+                here, reach = there, reach_there
+        return found
+
+    def _roots(self, stream: Stream) -> tuple[Tensor, Tensor]:
+        """√p (n, V), and the largest |logit| (n,)."""
+        logits = self.logits(stream)
+        reach = logits.abs().amax(-1)
+        return logits.log_softmax(-1).mul_(0.5).exp_(), reach
 
     def normed(self, h: Tensor) -> Tensor:
         """N(h) (n, D), the final norm applied once, with its weights in the dtype of h."""
@@ -133,18 +154,18 @@ class Lens:
         if dh is None:
             n = self.normed(h)
             return n, n
-        n, dn = jvp(self.normed, (h,), (dh,))
-        return n + dn, n
+        moved: Any = jvp(self.normed, (h,), (dh,))
+        return moved[0] + moved[1], moved[0]
 
     def _feature_change(self, here: Stream, there: Stream) -> tuple[Tensor, Tensor]:
         (h, dh), (k, dk) = here, there
         near = (k - h).norm(dim=1, keepdim=True) < NEAR * h.norm(dim=1, keepdim=True)
         if dh is None or dk is None:
-            step: Any = jvp(lambda x: self._features((x, None)), ((h + k) / 2,), (k - h,))[1]
+            moved: Any = jvp(lambda x: self._features((x, None)), ((h + k) / 2,), (k - h,))
         else:
             middle, along = ((h + k) / 2, (dh + dk) / 2), (k - h, dk - dh)
-            step = jvp(lambda x, dx: self._features((x, dx)), middle, along)[1]
-        pairs = zip(step, self._features(here), self._features(there), strict=True)
+            moved = jvp(lambda x, dx: self._features((x, dx)), middle, along)
+        pairs = zip(moved[1], self._features(here), self._features(there), strict=True)
         changes = [torch.where(near, small, after - before) for small, before, after in pairs]
         return changes[0], changes[1]
 
@@ -183,8 +204,17 @@ def fisher_rao(logits: Tensor, change: Tensor) -> Tensor:
     normalizer[~small] = (log_p[~small] + change[~small]).logsumexp(-1)
     ratio = change - normalizer[:, None]  # log q − log p
     log_p.add_(ratio.clamp(min=0)).mul_(0.5).exp_()  # √ of the larger of the two
-    chord = log_p.mul_(ratio.abs_().mul_(-0.5).expm1_()).square_().sum(-1).sqrt_()
+    return _arc(log_p.mul_(ratio.abs_().mul_(-0.5).expm1_()).norm(dim=-1))
+
+
+def _arc(chord: Tensor) -> Tensor:
+    """The distance on the sphere of radius 2, of which √p is a quarter, from the chord ‖√p − √q‖."""
     return 4 * (chord / 2).clamp(max=0.5**0.5).asin()
+
+
+def _rows(stream: Stream, rows: slice | Tensor) -> Stream:
+    h, dh = stream
+    return h[rows], None if dh is None else dh[rows]
 
 
 def _modules_above(

@@ -92,9 +92,7 @@ def condition(model: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_the_model_is_left_as_it_was(
-    fails: bool, tokenizer: Any, pairs: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_model_is_left_as_it_was(fails: bool, tokenizer: Any, pairs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("llama").train()
     kept = next(model.parameters())
     kept.grad = torch.ones_like(kept)
