@@ -12,7 +12,7 @@ change of log p,
 
     √q − √p = ± exp(½ max(log p, log q)) · (1 − exp(−½ |δ|))
 
-keeps the digits of δ. All of it is float32.
+keeps the digits of δ. All that is as wide as the vocabulary is float32.
 
 The final norm is whatever the model applies between its last block and its head. It is found by watching a forward, and
 used once the model's own logits have come out of it. A linearized model is looked at through the linearized lens: with
@@ -158,16 +158,34 @@ class Lens:
         return moved[0] + moved[1], moved[0]
 
     def _feature_change(self, here: Stream, there: Stream) -> tuple[Tensor, Tensor]:
-        (h, dh), (k, dk) = here, there
+        """The change of what W and Δ are multiplied by; in float64, but for what a norm itself casts to float32."""
+        (h, dh), (k, dk) = _wide(here), _wide(there)
         near = (k - h).norm(dim=1, keepdim=True) < NEAR * h.norm(dim=1, keepdim=True)
-        if dh is None or dk is None:
-            moved: Any = jvp(lambda x: self._features((x, None)), ((h + k) / 2,), (k - h,))
-        else:
-            middle, along = ((h + k) / 2, (dh + dk) / 2), (k - h, dk - dh)
-            moved = jvp(lambda x, dx: self._features((x, dx)), middle, along)
-        pairs = zip(moved[1], self._features(here), self._features(there), strict=True)
-        changes = [torch.where(near, small, after - before) for small, before, after in pairs]
+        small = self._small_change((h, dh), (k, dk))
+        pairs = zip(small, self._features((h, dh)), self._features((k, dk)), strict=True)
+        changes = [torch.where(near, step, after - before).to(here[0]) for step, before, after in pairs]
         return changes[0], changes[1]
+
+    def _small_change(self, here: Stream, there: Stream) -> tuple[Tensor, Tensor]:
+        """The same by derivatives in the middle m, to third order in the step Δ = k − h.
+
+        With m' the tangent in the middle, that of N(h) + N'(h) ḣ is N'(m) (Δ + k' − h') + N''(m) [Δ, m']; the last term
+        is a difference of N'(·) Δ along m', since forward mode in forward mode is wrong for torch's layer norm.
+        """
+        (h, dh), (k, dk) = here, there
+        middle, step = (h + k) / 2, k - h
+        plain = self._derivative(middle, step)
+        if dh is None or dk is None:
+            return plain, plain
+        along = (dh + dk) / 2
+        reach = NEAR * middle.norm(dim=1, keepdim=True) / along.norm(dim=1, keepdim=True).clamp(min=1e-30)
+        ends = [self._derivative(middle + sign * reach * along, step) for sign in (1, -1)]
+        return self._derivative(middle, step + dk - dh) + (ends[0] - ends[1]) / (2 * reach), plain
+
+    def _derivative(self, h: Tensor, along: Tensor) -> Tensor:
+        """N'(h) · along."""
+        moved: Any = jvp(self.normed, (h,), (along,))
+        return moved[1]
 
     def _affine(self, x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
         """s·(W x + b + Δ y) (n, V), the weights converted a part of the vocabulary at a time."""
@@ -215,6 +233,11 @@ def _arc(chord: Tensor) -> Tensor:
 def _rows(stream: Stream, rows: slice | Tensor) -> Stream:
     h, dh = stream
     return h[rows], None if dh is None else dh[rows]
+
+
+def _wide(stream: Stream) -> Stream:
+    h, dh = stream
+    return h.double(), None if dh is None else dh.double()
 
 
 def _modules_above(

@@ -73,12 +73,14 @@ class PowerLaw:
     reason: str = ""
 
 
-def fit_power_law(values: ArrayLike, rule: FitRule | None = None) -> PowerLaw:
+def fit_power_law(values: ArrayLike, rule: FitRule | None = None, scale: float = 0.0) -> PowerLaw:
     """Fits log σ_k = c − α log k on the tail of a spectrum (SPINAL, arXiv 2601.06238; window and bounds ours).
 
     Args:
         values: singular values σ, in any order.
         rule: window and bounds; the defaults of `FitRule`.
+        scale: size of what was rounded, where that is larger than the largest value: of a matrix before its mean was
+            taken out.
 
     Raises:
         ValueError: for values that are negative or not finite.
@@ -87,7 +89,7 @@ def fit_power_law(values: ArrayLike, rule: FitRule | None = None) -> PowerLaw:
     sigma = np.sort(np.asarray(values, dtype=np.float64).ravel())[::-1]
     if not np.isfinite(sigma).all() or (sigma < 0).any():
         raise ValueError("Singular values are finite and not negative; these are not. Look at the matrix they are of.")
-    kept = sigma[sigma > rule.resolution * sigma[0]] if len(sigma) else sigma
+    kept = sigma[sigma > rule.resolution * max(sigma[0], scale)] if len(sigma) else sigma
     rank, dropped = len(kept), len(sigma) - len(kept)
     first, last = (max(1, math.ceil(share * rank - ROUNDING)) for share in rule.window)
     points = max(0, min(last, rank) - first + 1)

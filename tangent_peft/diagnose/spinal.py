@@ -239,7 +239,7 @@ class Watch:
     def trace(self, texts: Texts, reference: Tensor | None) -> SpinalTrace:
         """The trace of what was taken in, with gradients against log π_ref of the pairs, if there are pairs."""
         options, rule = self.options, self.options.rule
-        fits = [fit_power_law(m.singular_values(options.centred).numpy(), rule) for m in self._moments]
+        fits = [_fitted(moments, options) for moments in self._moments]
         tokens, size = self._moments[0].count, len(self._moments[0].mean)
         settings = SpinalSettings(
             texts.source,
@@ -263,3 +263,11 @@ class Watch:
         return block_gradients(
             self.state, texts.tokenizer, texts.pairs, reference, options.beta, options.batch_size, options.memory
         )
+
+
+def _fitted(moments: Moments, options: SpinalOptions) -> PowerLaw:
+    """α of one layer; what centring leaves of rounding is not taken for singular values."""
+    scale = math.sqrt(float(moments.second().trace()))
+    return fit_power_law(
+        moments.singular_values(options.centred).numpy(), options.rule, scale if options.centred else 0.0
+    )

@@ -164,7 +164,7 @@ class SpinalScore(Diagnosis):
         return [
             _verdict_of_contraction(self.alignment, f"{first}–{last}"),
             _verdict_of_transport(self.alignment, f"{first}–{last}", self.transport_error),
-            _verdict_of_gradient(self.concentration, f"{first}–{last}"),
+            _verdict_of_gradient(self.concentration, f"{first}–{last}", last - first + 1 == len(self.base.transport)),
         ]
 
     def plot(self, folder: str | Path) -> list[Path]:
@@ -258,8 +258,10 @@ def _verdict_of_transport(shift: Alignment, layers: str, error: float) -> Verdic
     return _judged(shift.transport < 0, text, "falls late", unclear)
 
 
-def _verdict_of_gradient(concentration: tuple[float, float], layers: str) -> Verdict:
+def _verdict_of_gradient(concentration: tuple[float, float], layers: str, everywhere: bool) -> Verdict:
     before, after = concentration
+    if everywhere:
+        return Verdict("unknown", f"The terminal block {layers} is the whole model: nothing can concentrate in it.")
     if math.isnan(after):
         return Verdict("unknown", "Where the gradient concentrates can not be said: give pairs with a gradient.")
     text = f"The DPO gradient² in layers {layers} has a share {after:+.3g} over an even one ({before:+.3g} in the base)"
