@@ -5,9 +5,18 @@ Each diagnosis is a function from models and prompts or pairs to a dataclass tha
 
 from tangent_peft.diagnose.moments import Moments as Moments
 from tangent_peft.diagnose.moments import Spectrum as Spectrum
+from tangent_peft.diagnose.power_law import FitRule as FitRule
+from tangent_peft.diagnose.power_law import PowerLaw as PowerLaw
+from tangent_peft.diagnose.power_law import fit_power_law as fit_power_law
+from tangent_peft.diagnose.power_law import noise_exponent as noise_exponent
 from tangent_peft.diagnose.result import Diagnosis as Diagnosis
 from tangent_peft.diagnose.result import Table as Table
 from tangent_peft.diagnose.result import Verdict as Verdict
+from tangent_peft.diagnose.spinal import SpinalTrace as SpinalTrace
+from tangent_peft.diagnose.spinal import spinal_trace as spinal_trace
+from tangent_peft.diagnose.spinal_options import SpinalOptions as SpinalOptions
+from tangent_peft.diagnose.spinal_score import SpinalScore as SpinalScore
+from tangent_peft.diagnose.spinal_score import spinal_score as spinal_score
 from tangent_peft.diagnose.states import ModelState as ModelState
 from tangent_peft.diagnose.steering import ShiftOptions as ShiftOptions
 from tangent_peft.diagnose.steering import steering_vectors as steering_vectors

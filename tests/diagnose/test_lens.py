@@ -1,4 +1,4 @@
-"""The lens is the model's own head after its own norm, applied once; distances are those of float64 and closed forms."""
+"""The lens is the model's own head after its own norm, applied once; its distances are those of float64."""
 
 from __future__ import annotations
 
