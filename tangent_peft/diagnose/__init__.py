@@ -18,6 +18,10 @@ from tangent_peft.diagnose.moments import Moments as Moments
 from tangent_peft.diagnose.moments import Spectrum as Spectrum
 from tangent_peft.diagnose.overlap import Overlap as Overlap
 from tangent_peft.diagnose.overlap import shift_overlap as shift_overlap
+from tangent_peft.diagnose.power_law import FitRule as FitRule
+from tangent_peft.diagnose.power_law import PowerLaw as PowerLaw
+from tangent_peft.diagnose.power_law import fit_power_law as fit_power_law
+from tangent_peft.diagnose.power_law import noise_exponent as noise_exponent
 from tangent_peft.diagnose.result import Diagnosis as Diagnosis
 from tangent_peft.diagnose.result import Table as Table
 from tangent_peft.diagnose.result import Verdict as Verdict
@@ -25,6 +29,11 @@ from tangent_peft.diagnose.safe_range import GapProbe as GapProbe
 from tangent_peft.diagnose.safe_range import SafeRange as SafeRange
 from tangent_peft.diagnose.safe_range import safe_range as safe_range
 from tangent_peft.diagnose.safe_range import store_safe_range as store_safe_range
+from tangent_peft.diagnose.spinal import SpinalTrace as SpinalTrace
+from tangent_peft.diagnose.spinal import spinal_trace as spinal_trace
+from tangent_peft.diagnose.spinal_options import SpinalOptions as SpinalOptions
+from tangent_peft.diagnose.spinal_score import SpinalScore as SpinalScore
+from tangent_peft.diagnose.spinal_score import spinal_score as spinal_score
 from tangent_peft.diagnose.states import ModelState as ModelState
 from tangent_peft.diagnose.steering import ShiftOptions as ShiftOptions
 from tangent_peft.diagnose.steering import steering_vectors as steering_vectors
