@@ -13,7 +13,8 @@ import torch
 from conftest import build
 from torch import Tensor
 
-from tangent_peft.diagnose.forgetting import Conflict, Forgetting, ObjectiveScores, forgetting
+from tangent_peft.diagnose.forgetting import Conflict, Forgetting, forgetting
+from tangent_peft.diagnose.transfer import ObjectiveScores
 from tangent_peft.evaluate.pairs import pair_batch
 from tangent_peft.evaluate.preferences import pair_logps
 from tangent_peft.tuner.movement import Movement
