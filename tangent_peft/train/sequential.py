@@ -2,8 +2,8 @@
 
 The base is the reference at every stage; the adapter is a LoRA or a tangent axis. Each stage is a folder that appears
 when it is complete: the adapter, and `stage.json` with the log, gradient conflicts, movement, and what the caller's
-evaluation found. Each stage loads the base and the last stage's adapter anew, so a run that was stopped goes on as if it
-had not been. The optimizer begins anew at every stage. Knows how to train; what to evaluate is the caller's.
+evaluation found. Each stage loads the base and the last stage's adapter anew, so a run that was stopped goes on as if
+it had not been. The optimizer begins anew at every stage. Knows how to train; what to evaluate is the caller's.
 """
 
 from __future__ import annotations
