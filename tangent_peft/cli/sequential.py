@@ -1,4 +1,4 @@
-"""`tangent-peft sequential`: objectives trained one after the other and apart, from a recipe, with report and figures."""
+"""`tangent-peft sequential`: objectives one after the other and apart, from a recipe, with report and figures."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ def add_sequential(commands: Any) -> None:
         description=(
             "Trains a LoRA and a tangent axis on one objective after the other, in both orders, and on each objective "
             "apart; scores all of them, and the combinations of those trained apart, on the same held-out pairs; says "
-            "what was forgotten; writes result.json, report.md and figures. A run that was stopped goes on where it was."
+            "what was forgotten; writes result.json, report.md and figures. A run that was stopped goes on."
         ),
     )
     parser.add_argument("config", help="YAML recipe, or the name of a packaged one")
