@@ -3,6 +3,9 @@
 Each diagnosis is a function from models and prompts or pairs to a dataclass that prints, saves JSON and draws.
 """
 
+from tangent_peft.diagnose.forgetting import Conflict as Conflict
+from tangent_peft.diagnose.forgetting import Forgetting as Forgetting
+from tangent_peft.diagnose.forgetting import forgetting as forgetting
 from tangent_peft.diagnose.moments import Moments as Moments
 from tangent_peft.diagnose.moments import Spectrum as Spectrum
 from tangent_peft.diagnose.result import Diagnosis as Diagnosis
@@ -19,5 +22,6 @@ from tangent_peft.diagnose.steering_sweep import SteeringEffect as SteeringEffec
 from tangent_peft.diagnose.steering_trial import EffectOptions as EffectOptions
 from tangent_peft.diagnose.steering_trial import steering_effect as steering_effect
 from tangent_peft.diagnose.steering_vector import SteeringVectors as SteeringVectors
+from tangent_peft.diagnose.transfer import ObjectiveScores as ObjectiveScores
 from tangent_peft.tuner.linearity import LinearityGap as LinearityGap
 from tangent_peft.tuner.linearity import linearity_gap as linearity_gap

@@ -17,6 +17,7 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from tangent_peft.cli.main import main
 from tangent_peft.cli.sequential import read_settings, run
 from tangent_peft.cli.train_options import packaged_recipes
 from tangent_peft.compare.sequential import conflict_pairs, run_sequential
@@ -236,3 +237,11 @@ def test_the_packaged_recipe_is_complete(tmp_path: Path) -> None:
     assert all(len(read_pairs(found.test_set(axis))) >= found.heldout for axis in found.axes)
     assert len(conflict_pairs(found, 0, "help")) >= found.conflict_pairs
     assert np.prod([found.steps, found.batch_size]) == found.training_size
+
+
+def test_a_wrong_recipe_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["sequential", "nothing", "--output", str(tmp_path)]) == 1
+    assert "packaged ones are smollm2_cpu" in capsys.readouterr().err
+    (tmp_path / "r.yaml").write_text("model: m\naxes: quickstart\noutput: o\nconflict_step: 3\n")
+    assert main(["sequential", str(tmp_path / "r.yaml")]) == 1
+    assert "did you mean `conflict_steps`?" in capsys.readouterr().err
