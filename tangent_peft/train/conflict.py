@@ -202,21 +202,22 @@ class ConflictAware(DPOTrainer):
 
     def _meet_previous(self, model: nn.Module) -> None:
         step, trained = self.state.global_step, [p for p in model.parameters() if p.requires_grad]
-        halves = {name: self._previous_halves(model, trained, name) for name in self._previous}
-        gradients = [[_or_zero(p.grad, p) for p in trained]]
-        gradients += [[(a + b) / 2 for a, b in zip(*pair, strict=True)] for pair in halves.values()]
-        gram = gradient_gram(gradients)
-        coefficients = [0.0] * len(gram)
-        if self.args.project_conflicts and bool(gram.isfinite().all()):  # in fp16 the step may overflow: it is skipped
+        halves = [half for name in self._previous for half in self._previous_halves(model, trained, name)]
+        stage = [_or_zero(p.grad, p) for p in trained]
+        each = gradient_gram([stage, *halves])
+        whole = torch.block_diag(torch.ones(1, 1), *[torch.full((1, 2), 0.5)] * len(self._previous)).to(each)
+        gram = whole @ each @ whole.mT  # of the step's gradient and of each objective's, the mean of its two halves
+        coefficients = torch.eye(1, len(gram), dtype=gram.dtype)[0]
+        if self.args.project_conflicts and bool(gram.isfinite().all()):  # in fp16 a step may overflow: it is skipped
             order = random.Random(f"{self.args.seed} {step}").sample(range(1, len(gram)), len(gram) - 1)
-            coefficients = pcgrad_coefficients(gram, order).tolist()
-            for parameter in trained:
-                parameter.grad = _or_zero(parameter.grad, parameter)
-            add_gradients([_or_zero(p.grad, p) for p in trained], gradients[1:], coefficients[1:])
-        for place, (name, pair) in enumerate(halves.items(), start=1):
-            agreement = gram_cosine(gradient_gram(pair), 0, 1)
-            found = MeasuredConflict(step, name, gram_cosine(gram, 0, place), agreement, coefficients[place] != 0)
-            self._record(found)
+            coefficients = pcgrad_coefficients(gram, order)
+            add_gradients(stage, halves, (coefficients @ whole)[1:].tolist())
+            for parameter, gradient in zip(trained, stage, strict=True):
+                parameter.grad = gradient
+        for place, name in enumerate(self._previous, start=1):
+            agreement = gram_cosine(each, 2 * place - 1, 2 * place)
+            projected = bool(coefficients[place] != 0)
+            self._record(MeasuredConflict(step, name, gram_cosine(gram, 0, place), agreement, projected))
 
     def _record(self, found: MeasuredConflict) -> None:
         self.conflicts.append(found)

@@ -171,7 +171,7 @@ def test_movement_is_logged(kind: str, make: Any) -> None:
     assert logged(trainer, "movement/moved")[2] == pytest.approx(found.moved)
     assert logged(trainer, "movement/relative")[2] == pytest.approx(found.moved / found.norm_before)
     if kind == "tangent":  # A is orthonormal, so distances are those of B
-        after = [p for p in trainer.model.parameters() if p.requires_grad]
+        after = [p.detach() for p in trainer.model.parameters() if p.requires_grad]
         square = sum(float((b - a).double().square().sum()) for a, b in zip(before, after, strict=True))
         assert found.moved == pytest.approx(math.sqrt(square), rel=1e-5)
 
