@@ -34,14 +34,26 @@ def read_settings(config: str, given: Mapping[str, Any]) -> Settings:
         FileNotFoundError: if the recipe is neither a file nor the name of a packaged one.
         ValueError: naming a key that is unknown or missing, or a value that does not fit.
     """
-    path = find_recipe(config, "compare")
+    values = read_values(config, "compare", Settings, given)
+    values |= {name: tuple(values[name]) for name in TUPLES if values.get(name) is not None}
+    return Settings(**{**values, "output": str(values["output"]), "model": str(values["model"])})
+
+
+def read_values(config: str, kind: str, settings: type, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a recipe with those given, checked to be fields of a settings class, all that are required.
+
+    Raises:
+        FileNotFoundError: if the recipe is neither a file nor the name of a packaged one.
+        ValueError: naming a key that is unknown or missing.
+    """
+    path = find_recipe(config, kind)
     try:
         held = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(held, dict):
         raise ValueError(f"{path} is no recipe: it holds no keys. See the packaged ones: `tangent-peft recipes`.")
-    fields = {field.name: field for field in dataclasses.fields(Settings)}
+    fields = {field.name: field for field in dataclasses.fields(settings)}
     for name in held:
         if name not in fields:
             close = difflib.get_close_matches(str(name), fields, n=1)
@@ -50,8 +62,7 @@ def read_settings(config: str, given: Mapping[str, Any]) -> Settings:
     needed = [name for name, field in fields.items() if _is_required(field) and name not in values]
     if needed:
         raise ValueError(f"{path} lacks {needed}. Add them, or give them on the command line.")
-    values |= {name: tuple(values[name]) for name in TUPLES if values.get(name) is not None}
-    return Settings(**{**values, "output": str(values["output"]), "model": str(values["model"])})
+    return values
 
 
 def parse_axes(texts: Sequence[str]) -> dict[str, str]:

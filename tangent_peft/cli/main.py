@@ -13,6 +13,7 @@ from tangent_peft.cli.data_options import add_data
 from tangent_peft.cli.demo_options import add_demo
 from tangent_peft.cli.export_options import add_export
 from tangent_peft.cli.plan_options import add_plan
+from tangent_peft.cli.sequential_options import add_sequential
 from tangent_peft.cli.sweep_options import add_sweep
 
 
@@ -67,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     add_export(commands)
     add_sweep(commands)
     add_compare(commands)
+    add_sequential(commands)
     recipes = commands.add_parser("recipes", help="list the packaged recipes, or print the path of one")
     recipes.add_argument("name", nargs="?", help="print the path of this one")
     recipes.set_defaults(run=_recipes)
@@ -94,7 +96,7 @@ def _quickstart(options: argparse.Namespace) -> int:
 def _recipes(options: argparse.Namespace) -> int:
     from tangent_peft.cli.train_options import packaged_recipes
 
-    found = {kind: packaged_recipes(kind) for kind in ("train", "compare", "accelerate")}
+    found = {kind: packaged_recipes(kind) for kind in ("train", "compare", "sequential", "accelerate")}
     if options.name is None:
         lines = [f"{kind:12}{name:18}{path}" for kind, recipes in found.items() for name, path in recipes.items()]
         sys.stdout.write("\n".join(lines) + "\n")

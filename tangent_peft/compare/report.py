@@ -43,7 +43,8 @@ def markdown(result: ComparisonResult) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
@@ -63,7 +64,7 @@ def _hypervolumes(result: ComparisonResult, metric: str) -> str:
         f"{BASE:g}); mean ± standard deviation over {number} seeds, and the number of mixes."
     )
     head = ["method", *(f"{name}: {regime['regime']}" for name, regime in regimes.items())]
-    return f"{title}\n\n{_table(head, rows)}"
+    return f"{title}\n\n{table(head, rows)}"
 
 
 def _differences(result: ComparisonResult) -> str:
@@ -83,7 +84,7 @@ def _differences(result: ComparisonResult) -> str:
         "**Hypervolume of linearized TS-DPO minus that of another method**, convex mixes, scores averaged over the "
         "seeds; 95 % bootstrap interval over the held-out pairs. A tie is an interval with 0 in it."
     )
-    return f"{title}\n\n{_table(['score', 'method', 'difference', 'larger'], rows)}"
+    return f"{title}\n\n{table(['score', 'method', 'difference', 'larger'], rows)}"
 
 
 def _control(result: ComparisonResult, metric: str) -> str:
@@ -110,7 +111,7 @@ def _control(result: ComparisonResult, metric: str) -> str:
         f"**Control, {TITLES[metric]}**: each axis's λ alone, against its own score; |λ| ≤ {CONTROL:g} unless stated."
     )
     head = ["method", "axis", "Kendall τ", "least of the seeds", "τ, all λ", "violations", "range"]
-    return f"{title}\n\n{_table([*head, 'steepest / median slope', 'leakage (change of the others / own)'], rows)}"
+    return f"{title}\n\n{table([*head, 'steepest / median slope', 'leakage (change of the others / own)'], rows)}"
 
 
 def _mean(values: Any) -> float:
@@ -146,7 +147,7 @@ def _safety(result: ComparisonResult) -> str:
         f"{limits['weight']:g}), and the first at which the axis's score has turned down, by seed."
     )
     head = ["score", "axis", "side", "flagged at |λ|", "turned down at |λ|", "turned down unflagged", "flagged in vain"]
-    return f"{title}\n\n{_table(head, rows)}"
+    return f"{title}\n\n{table(head, rows)}"
 
 
 def _late(seed: Mapping[str, Any]) -> bool:
@@ -170,7 +171,7 @@ def _cosines(result: ComparisonResult) -> str:
             rows.append(
                 [NAMES[source].split(",")[0], f"{axes[first]}, {axes[second]}", ", ".join(f"{v:+.3f}" for v in values)]
             )
-    return f"**Cosine of the axes** in weight space, by seed.\n\n{_table(['method', 'axes', 'cosine'], rows)}"
+    return f"**Cosine of the axes** in weight space, by seed.\n\n{table(['method', 'axes', 'cosine'], rows)}"
 
 
 def _cost(result: ComparisonResult) -> str:
@@ -184,7 +185,7 @@ def _cost(result: ComparisonResult) -> str:
         runs = len(found) / len(result.settings["seeds"])
         rows.append([names[method], f"{runs:g}", f"{parameters / 1e6:.1f} M", f"{np.median(seconds):.0f} s"])
     head = ["method", "trainings per seed", "trained parameters", "median time of a training"]
-    return f"**Trainings**, timed while other jobs ran beside them.\n\n{_table(head, rows)}"
+    return f"**Trainings**, timed while other jobs ran beside them.\n\n{table(head, rows)}"
 
 
 # ---- figures ---------------------------------------------------------------------------------------------------------

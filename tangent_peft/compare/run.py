@@ -56,7 +56,7 @@ def run_comparison(settings: Settings, processes: int = 1, report: Report | None
     scored = [(source, score, (settings, seed, source)) for seed in settings.seeds for source in sources(settings)]
     total, done = len(planned) + len(scored), len(planned) - len(missing)
     for jobs in (trained, scored):
-        for name in _run(jobs, processes):
+        for name in run_jobs(jobs, processes):
             done += 1
             if report is not None:
                 report(name, done, total)
@@ -123,10 +123,11 @@ def _digests(settings: Settings) -> dict[str, str]:
 # ---- processes -------------------------------------------------------------------------------------------------------
 
 
-def _run(jobs: Sequence[tuple[str, Callable[..., Any], tuple[Any, ...]]], processes: int) -> Iterator[str]:
+def run_jobs(jobs: Sequence[tuple[str, Callable[..., Any], tuple[Any, ...]]], processes: int) -> Iterator[str]:
     """Runs jobs and yields their names as they finish; after an error no further one is begun.
 
-    Each has a process of its own, so that its memory is given back; what it makes lies in files.
+    A job is a name, a function and its arguments; it has a process of its own, so that its memory is given back, and
+    what it makes lies in files.
     """
     if processes <= 1:
         for name, function, arguments in jobs:

@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,56 @@ def score_file(settings: Settings, seed: int, source: str) -> Path:
     return Path(settings.output) / f"seed-{seed}" / f"scores-{source.replace(' ', '-')}.safetensors"
 
 
+@dataclass(frozen=True)
+class Adapters:
+    """Adapters of a seed's trainings, and the mixes of them that are scored.
+
+    Attributes:
+        settings: of the comparison.
+        seed: of the trainings.
+        names: by the name an adapter gets, the folder of its training.
+        mixes: λ by those names.
+    """
+
+    settings: Settings
+    seed: int
+    names: dict[str, str]
+    mixes: list[dict[str, float]]
+
+    def load(self) -> tuple[Any, Any]:
+        """The base with the adapters, in eval mode, and the tokenizer."""
+        model, tokenizer = load_model(self.settings)
+        loaded: Any = None
+        for adapter, name in self.names.items():
+            place = str(self._folder(name))
+            if loaded is None:
+                loaded = PeftModel.from_pretrained(model, place, adapter_name=adapter)
+            else:
+                loaded.load_adapter(place, adapter_name=adapter)
+        return loaded.eval(), tokenizer
+
+    def digest(self) -> str:
+        """What tells apart the adapters.
+
+        Raises:
+            FileNotFoundError: if one is missing.
+        """
+        digest = hashlib.sha256()
+        for name in self.names.values():
+            files = sorted(self._folder(name).rglob("adapter_model.safetensors"))
+            if not files:
+                raise FileNotFoundError(
+                    f"{self._folder(name)} holds no adapter. Delete it, and run the comparison again."
+                )
+            for file in files:
+                with file.open("rb") as stream:
+                    digest.update(hashlib.file_digest(stream, "sha256").digest())
+        return digest.hexdigest()[:16]
+
+    def _folder(self, name: str) -> Path:
+        return Path(self.settings.output) / f"seed-{self.seed}" / name
+
+
 def score(settings: Settings, seed: int, source: str) -> Scored:
     """Scores a source, or reads what is there and is of these adapters; the file appears when it is complete.
 
@@ -75,77 +125,60 @@ def score(settings: Settings, seed: int, source: str) -> Scored:
         FileNotFoundError: if an adapter is missing.
         ValueError: if a file is damaged, or log-probs are not finite.
     """
-    path, digest = score_file(settings, seed, source), _digest(settings, seed, source)
-    if path.is_file() and (held := _read(path)).notes.get("adapters") == digest:
-        return held
-    data = held_out(settings)
-    if source == "ts_dpo linearized":
-        found = _linearized(settings, seed, data)
-    elif source == "mod":
-        found = _logit_mixes(settings, seed, data)
-    elif source == "lora_soup":
-        found = _lora_soup(settings, seed, data)
-    else:
-        found = _weights(settings, seed, source, data)
-    found.notes["adapters"] = digest
-    _write(path, found)
-    return found
-
-
-def _digest(settings: Settings, seed: int, source: str) -> str:
-    """What tells apart the adapters that a source scores."""
+    labels = None
     if source == "dpo_mixed":
-        names = [mixed_name(shares) for shares in settings.shares()]
+        names = {f"mixed-{n}": mixed_name(shares) for n, shares in enumerate(settings.shares())}
+        mixes, labels = [{name: 1.0} for name in names], settings.shares()
     else:
         method = {"mod": "task_vectors"}.get(source, source.split()[0])
-        names = list(_singles(settings, method).values())
-    digest = hashlib.sha256()
-    for name in names:
-        files = sorted((Path(settings.output) / f"seed-{seed}" / name).rglob("adapter_model.safetensors"))
-        if not files:
-            raise FileNotFoundError(
-                f"{settings.output}/seed-{seed}/{name} holds no adapter. Delete it, and run the comparison again."
-            )
-        for file in files:
-            with file.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()[:16]
+        names, mixes = {axis: single_name(method, axis) for axis in settings.axes}, settings.mixes()
+    return score_adapters(Adapters(settings, seed, names, mixes), source, score_file(settings, seed, source), labels)
+
+
+def score_adapters(adapters: Adapters, source: str, path: Path, labels: list[dict[str, float]] | None = None) -> Scored:
+    """Scores adapters in the way of a source, or reads what is there; see `score`.
+
+    Args:
+        adapters: which ones, in which mixes.
+        source: one of `SOURCES`.
+        path: the file of the scores.
+        labels: what the mixes are called in it, where they are not called by their λ.
+    """
+    digest = adapters.digest()
+    if path.is_file() and (held := _read(path)).notes.get("adapters") == digest:
+        return held
+    data = held_out(adapters.settings)
+    if source == "ts_dpo linearized":
+        found = _linearized(adapters, data)
+    elif source == "mod":
+        found = _logit_mixes(adapters, data)
+    elif source == "lora_soup":
+        found = _lora_soup(adapters, data)
+    else:
+        found = _weights(adapters, data, cosine=source == "task_vectors")
+    found.notes["adapters"] = digest
+    if labels is not None:
+        found = replace(found, mixes=labels)
+    _write(path, found)
+    return found
 
 
 # ---- the axes of TS-DPO, and ordinary task vectors -------------------------------------------------------------------
 
 
-def _with_axes(settings: Settings, seed: int, names: dict[str, str]) -> tuple[Any, Any]:
-    """The base with the adapters of some trainings, by the name they get."""
-    model, tokenizer = load_model(settings)
-    folder = Path(settings.output) / f"seed-{seed}"
-    loaded: Any = None
-    for axis, name in names.items():
-        place = str(folder / name)
-        if loaded is None:
-            loaded = PeftModel.from_pretrained(model, place, adapter_name=axis)
-        else:
-            loaded.load_adapter(place, adapter_name=axis)
-    return loaded.eval(), tokenizer
-
-
-def _singles(settings: Settings, method: str) -> dict[str, str]:
-    return {axis: single_name(method, axis) for axis in settings.axes}
-
-
-def _linearized(settings: Settings, seed: int, data: HeldOut) -> Scored:
-    model, tokenizer = _with_axes(settings, seed, _singles(settings, "ts_dpo"))
-    mixes = settings.mixes()
+def _linearized(adapters: Adapters, data: HeldOut) -> Scored:
+    model, tokenizer = adapters.load()
+    mixes, names, settings = adapters.mixes, list(adapters.names), adapters.settings
     size = settings.scoring_batch
     order = sorted(range(len(data.pairs)), key=lambda i: len(json.dumps(data.pairs[i])))
     parts = [order[start : start + size] for start in range(0, len(order), size)]
     batches = [pair_batch(tokenizer, [data.pairs[i] for i in part]) for part in parts]
-    scores = axis_logprobs(model, batches, list(settings.axes))
+    scores = axis_logprobs(model, batches, names)
     rows = [*scores.logps(mixes), scores.reference(), scores.lengths.double()]  # each (2N,), by batches
     found = torch.zeros(len(rows), len(data.pairs), 2, dtype=torch.float64)
     for part, block in zip(parts, torch.stack(rows).cpu().split([2 * len(part) for part in parts], 1), strict=True):
         found[:, part] = torch.stack(block.chunk(2, 1), 2)
-    notes: dict[str, Any] = {"cosine": model.axis_gram(list(settings.axes), cosine=True).tolist()}
+    notes: dict[str, Any] = {"cosine": model.axis_gram(names, cosine=True).tolist()}
     if "merged" in settings.evaluations:
         notes["gap"] = _gaps(model, tokenizer, data, mixes)
     return Scored(mixes, found[:-2], found[-2], found[-1].long(), notes)
@@ -167,42 +200,33 @@ def _gaps(model: Any, tokenizer: Any, data: HeldOut, mixes: Sequence[Mix]) -> li
     return gaps
 
 
-def _weights(settings: Settings, seed: int, source: str, data: HeldOut) -> Scored:
+def _weights(adapters: Adapters, data: HeldOut, cosine: bool) -> Scored:
     """As weights: mixes of the axes, or the models of DPO-Mixed each at λ = 1."""
-    if source == "dpo_mixed":
-        names = {f"mixed-{n}": mixed_name(shares) for n, shares in enumerate(settings.shares())}
-        mixes, labels = [{name: 1.0} for name in names], settings.shares()
-    else:
-        names = _singles(settings, "ts_dpo" if source == "ts_dpo merged" else source)
-        mixes = labels = settings.mixes()
-    model, tokenizer = _with_axes(settings, seed, names)
-    with model.axes(dict.fromkeys(names, 1.0)):
-        scorer = PairScorer(model, tokenizer, data.pairs, settings.scoring_batch)
+    model, tokenizer = adapters.load()
+    with model.axes(dict.fromkeys(adapters.names, 1.0)):
+        scorer = PairScorer(model, tokenizer, data.pairs, adapters.settings.scoring_batch)
     found = []
-    for mix in [{}, *mixes]:
+    for mix in [{}, *adapters.mixes]:
         with model.axes(mix), model.linearized(False):
             found.append(scorer.logps())
-    notes = {}
-    if source == "task_vectors":
-        notes["cosine"] = model.axis_gram(list(settings.axes), cosine=True).tolist()
-    return Scored(labels, torch.stack(found[1:]), found[0], scorer.lengths(), notes)
+    notes = {"cosine": model.axis_gram(list(adapters.names), cosine=True).tolist()} if cosine else {}
+    return Scored(adapters.mixes, torch.stack(found[1:]), found[0], scorer.lengths(), notes)
 
 
 # ---- the baselines with models of their own --------------------------------------------------------------------------
 
 
-def _lora_soup(settings: Settings, seed: int, data: HeldOut) -> Scored:
+def _lora_soup(adapters: Adapters, data: HeldOut) -> Scored:
     """PEFT's own combination of stock LoRAs, `cat`, which is exact in ΔW."""
-    model, tokenizer = _with_axes(settings, seed, _singles(settings, "lora_soup"))
-    scorer = PairScorer(model, tokenizer, data.pairs, settings.scoring_batch)
+    model, tokenizer = adapters.load()
+    scorer = PairScorer(model, tokenizer, data.pairs, adapters.settings.scoring_batch)
     found = []
-    mixes = settings.mixes()
     with model.disable_adapter():
         reference = scorer.logps()
-    for mix in mixes:
+    for mix in adapters.mixes:
         with _soup(model, mix):
             found.append(scorer.logps())
-    return Scored(mixes, torch.stack(found), reference, scorer.lengths(), {})
+    return Scored(adapters.mixes, torch.stack(found), reference, scorer.lengths(), {})
 
 
 @contextmanager
@@ -220,10 +244,10 @@ def _soup(model: Any, mix: Mix) -> Iterator[None]:
         model.delete_adapter(SOUP)
 
 
-def _logit_mixes(settings: Settings, seed: int, data: HeldOut) -> Scored:
-    model, tokenizer = _with_axes(settings, seed, _singles(settings, "task_vectors"))
-    mixes = settings.mixes()
-    logps, lengths = mixed_pair_logps(model, tokenizer, data.pairs, [{}, *mixes], settings.scoring_batch)
+def _logit_mixes(adapters: Adapters, data: HeldOut) -> Scored:
+    model, tokenizer = adapters.load()
+    mixes, size = adapters.mixes, adapters.settings.scoring_batch
+    logps, lengths = mixed_pair_logps(model, tokenizer, data.pairs, [{}, *mixes], size)
     return Scored(mixes, logps[1:], logps[0], lengths, {})
 
 

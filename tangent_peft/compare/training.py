@@ -183,13 +183,26 @@ def run_training(settings: Settings, training: Training) -> dict[str, Any]:
 def _trainer(
     settings: Settings, training: Training, model: Any, data: tuple[Dataset, PreTrainedTokenizerBase], folder: str
 ) -> DPOTrainer:
-    options: dict[str, Any] = {
-        "output_dir": folder,
+    options = {**training_options(settings, training.method, training.seed), "output_dir": folder}
+    pairs, tokenizer = data
+    if training.method == "lora_soup":
+        policy: Any = get_peft_model(model, lora_config(settings, model))
+        return DPOTrainer(model=policy, args=DPOConfig(**options), train_dataset=pairs, processing_class=tokenizer)
+    axis = tangent_config(settings, linearize=training.method == "ts_dpo")
+    arguments = TangentDPOConfig(**options)
+    return TangentDPOTrainer(
+        model=model, args=arguments, train_dataset=pairs, processing_class=tokenizer, peft_config=axis
+    )
+
+
+def training_options(settings: Settings, method: str, seed: int) -> dict[str, Any]:
+    """Options of `trl.DPOConfig` for a training; alike for all methods but for the learning rate."""
+    return {
         "max_steps": settings.steps,
         "per_device_train_batch_size": settings.batch_size,
-        "learning_rate": settings.learning_rate(training.method),
+        "learning_rate": settings.learning_rate(method),
         "beta": settings.beta,
-        "seed": training.seed,
+        "seed": seed,
         "lr_scheduler_type": "constant_with_warmup",
         "warmup_steps": min(2, settings.steps - 1),
         "train_sampling_strategy": "sequential",  # the pairs are shuffled already, alike for all methods
@@ -202,15 +215,6 @@ def _trainer(
         "gradient_checkpointing": False,
         **settings.training,
     }
-    pairs, tokenizer = data
-    if training.method == "lora_soup":
-        policy: Any = get_peft_model(model, lora_config(settings, model))
-        return DPOTrainer(model=policy, args=DPOConfig(**options), train_dataset=pairs, processing_class=tokenizer)
-    axis = tangent_config(settings, linearize=training.method == "ts_dpo")
-    arguments = TangentDPOConfig(**options)
-    return TangentDPOTrainer(
-        model=model, args=arguments, train_dataset=pairs, processing_class=tokenizer, peft_config=axis
-    )
 
 
 def tangent_config(settings: Settings, linearize: bool) -> TangentConfig:

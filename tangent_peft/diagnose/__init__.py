@@ -6,6 +6,9 @@ Each diagnosis is a function from models and prompts or pairs to a dataclass tha
 from tangent_peft.diagnose.additivity import Additivity as Additivity
 from tangent_peft.diagnose.additivity import PairAdditivity as PairAdditivity
 from tangent_peft.diagnose.additivity import additivity as additivity
+from tangent_peft.diagnose.forgetting import Conflict as Conflict
+from tangent_peft.diagnose.forgetting import Forgetting as Forgetting
+from tangent_peft.diagnose.forgetting import forgetting as forgetting
 from tangent_peft.diagnose.geometry import AxisGeometry as AxisGeometry
 from tangent_peft.diagnose.geometry import axis_geometry as axis_geometry
 from tangent_peft.diagnose.interference import axis_interference as axis_interference
@@ -45,5 +48,6 @@ from tangent_peft.diagnose.steering_sweep import SteeringEffect as SteeringEffec
 from tangent_peft.diagnose.steering_trial import EffectOptions as EffectOptions
 from tangent_peft.diagnose.steering_trial import steering_effect as steering_effect
 from tangent_peft.diagnose.steering_vector import SteeringVectors as SteeringVectors
+from tangent_peft.diagnose.transfer import ObjectiveScores as ObjectiveScores
 from tangent_peft.tuner.linearity import LinearityGap as LinearityGap
 from tangent_peft.tuner.linearity import linearity_gap as linearity_gap

@@ -129,7 +129,7 @@ class TangentDPOTrainer(DPOTrainer):
         base, peft_config, wrap = choose_policy(model, peft_config, args)
         refuse_contradictions(ref_model, peft_config, args)
         self.axis = args.axis or "default"
-        with _named_axis(wrap):
+        with wrapping_by(wrap):
             super().__init__(
                 model=base,
                 ref_model=ref_model,
@@ -252,7 +252,7 @@ class TangentDPOTrainer(DPOTrainer):
 
 
 @contextmanager
-def _named_axis(wrap: Wrap) -> Iterator[None]:
+def wrapping_by(wrap: Wrap) -> Iterator[None]:
     """Lets TRL's constructor call `wrap` where it would call `get_peft_model`.
 
     On a quantized base that constructor then rounds what trains to bfloat16. A τ in bfloat16 does not move by less than

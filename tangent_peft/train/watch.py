@@ -74,6 +74,15 @@ class Watch:
         """Mean KL of the last step's completion tokens, in nats."""
         return _mean(self._kl)
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Nothing that runs inside the block counts towards the step's KL."""
+        kept = self._kl, self._kl_step
+        try:
+            yield
+        finally:
+            self._kl, self._kl_step = kept
+
     # ---- linearity gap -------------------------------------------------------------------------------------------
 
     def measure_linearity_gap(self, step: int, inputs: dict[str, Any]) -> None:

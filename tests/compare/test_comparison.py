@@ -25,7 +25,7 @@ from tangent_peft.cli.train_options import packaged_recipes
 from tangent_peft.compare import ComparisonResult, Settings, run_comparison, trainings
 from tangent_peft.compare.report import figures, markdown
 from tangent_peft.compare.result import _by_item
-from tangent_peft.compare.run import RUN, _run
+from tangent_peft.compare.run import RUN, run_jobs
 from tangent_peft.compare.sources import score, score_file, sources
 from tangent_peft.compare.training import read_pairs
 from tangent_peft.evaluate import axis_logprobs
@@ -287,6 +287,6 @@ def test_two_processes(finished: Finished, tmp_path: Path) -> None:
 def test_a_job_that_fails_in_its_process(tmp_path: Path) -> None:
     jobs = [("reading", read_pairs, (tmp_path / "none.jsonl",)), ("ending", os._exit, (3,))]
     with pytest.raises(FileNotFoundError, match=r"none.jsonl"):
-        list(_run(jobs[:1], 2))
+        list(run_jobs(jobs[:1], 2))
     with pytest.raises(OSError, match=r"'ending' was ended from outside \(exit status 3\)"):
-        list(_run(jobs[1:], 2))
+        list(run_jobs(jobs[1:], 2))

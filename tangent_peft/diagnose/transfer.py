@@ -1,0 +1,271 @@
+"""One objective's held-out pairs through the stages of a training: standings, paired changes, quartiles.
+
+Works on log-probs alone; `forgetting.py` has the definitions and puts objectives together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+
+BASE = "base"
+MIN_PAIRS = 8  # for quartiles: two pairs each
+RANKINGS = ("stage", "base")
+CLEAR = 2.0  # standard errors from which a mean is called different from 0
+CLEAR_OF_FOUR = 2.5  # the same for the largest of four quartiles: 4 · P(|z| > 2.5) = 0.05
+
+Pattern: TypeAlias = Literal["partial degradation", "stability", "redistribution", "positive transfer", "unknown"]
+Role: TypeAlias = Literal["trained", "previous", "later"]
+
+
+@dataclass(frozen=True)
+class ObjectiveScores:
+    """Scores of an objective's N held-out pairs, the chosen answer first; as `evaluate.pair_logps` gives them.
+
+    Attributes:
+        reference: log π₀ (N, 2) of the base, in nats.
+        stages: log π (N, 2) after each stage, in order.
+        lengths: tokens (N, 2) of the answers.
+    """
+
+    reference: Tensor
+    stages: Sequence[Tensor]
+    lengths: Tensor
+
+
+@dataclass(frozen=True)
+class Standing:
+    """One cell of the transfer matrix: an objective after a stage; `stage` is `"base"` before the first.
+
+    Attributes:
+        objective: whose pairs.
+        stage: after which.
+        margin: mean of m.
+        margin_error: its standard error over the pairs.
+        accuracy: share of pairs with m > 0, ties half; 0.5 at the base.
+        policy_margin: mean of g, nats per token.
+        policy_accuracy: share of pairs with g > 0, ties half.
+    """
+
+    objective: str
+    stage: str
+    margin: float
+    margin_error: float
+    accuracy: float
+    policy_margin: float
+    policy_accuracy: float
+
+
+@dataclass(frozen=True)
+class Change:
+    """An objective from one stage to the next, pair by pair.
+
+    Attributes:
+        objective: whose pairs.
+        before: the earlier stage.
+        after: the later stage.
+        role: of the objective in the later stage: it is trained in it, was before, or comes later (or never).
+        pairs: N.
+        margin: mean change of m.
+        margin_error: its standard error, of the paired differences.
+        accuracy: change of the share with m > 0.
+        policy_margin: mean change of g.
+        policy_margin_error: likewise.
+        improved: share of pairs whose g rises.
+        lost: share of pairs whose g goes from above 0 to below.
+        gained: share of pairs whose g goes from below 0 to above.
+        pattern: what to call it; see `pattern_of`.
+    """
+
+    objective: str
+    before: str
+    after: str
+    role: Role
+    pairs: int
+    margin: float
+    margin_error: float
+    accuracy: float
+    policy_margin: float
+    policy_margin_error: float
+    improved: float
+    lost: float
+    gained: float
+    pattern: Pattern
+
+
+@dataclass(frozen=True)
+class Quartile:
+    """A quarter of an objective's pairs, from one stage to the next.
+
+    Attributes:
+        objective: whose pairs.
+        before: the earlier stage.
+        after: the later stage.
+        ranked_by: `"stage"`: g after the earlier stage; `"base"`: g of the base model.
+        quartile: 1 (lowest g) to 4.
+        pairs: how many.
+        low: least g of the ranking.
+        high: largest.
+        change: mean change of g; NaN with fewer than 8 pairs in all.
+        error: its standard error.
+        improved: share of pairs whose g rises.
+        lost: share whose g goes from above 0 to below.
+        gained: share whose g goes from below 0 to above.
+    """
+
+    objective: str
+    before: str
+    after: str
+    ranked_by: str
+    quartile: int
+    pairs: int
+    low: float
+    high: float
+    change: float
+    error: float
+    improved: float
+    lost: float
+    gained: float
+
+
+# ---- the numbers -----------------------------------------------------------------------------------------------------
+
+
+def check_scores(scores: Mapping[str, ObjectiveScores], stages: list[str], beta: float) -> None:
+    """Raises a `ValueError` that names the first thing that does not fit; see `forgetting`."""
+    if not stages or len(set(stages)) < len(stages):
+        raise ValueError(f"`stages` names each trained objective once, in order; found {stages}.")
+    if not (math.isfinite(beta) and beta > 0):
+        raise ValueError(f"`beta` is the β of the training, a positive number; found {beta!r}.")
+    if missing := [stage for stage in stages if stage not in scores]:
+        raise ValueError(
+            f"`scores` has {sorted(scores)} and lacks {missing}, which were trained. Score their pairs too."
+        )
+    for objective, found in scores.items():
+        if len(found.stages) != len(stages):
+            raise ValueError(
+                f"{objective!r} is scored after {len(found.stages)} stages, but {len(stages)} were trained: {stages}. "
+                "Score every objective after every stage."
+            )
+        named = {"reference": found.reference, "lengths": found.lengths}
+        named |= {f"stages[{n}]": x for n, x in enumerate(found.stages)}
+        for name, x in named.items():
+            if x.ndim != 2 or x.shape[1] != 2 or len(x) != len(found.reference) or not len(x):
+                raise ValueError(
+                    f"`{name}` of {objective!r} has shape {tuple(x.shape)}; expected (N, 2), chosen first, with the "
+                    f"same N ≥ 1 as `reference`, {tuple(found.reference.shape)}."
+                )
+            if not bool(torch.isfinite(x.double()).all()):
+                row = int((~torch.isfinite(x.double())).any(1).nonzero()[0])
+                raise ValueError(f"`{name}` of {objective!r} is not finite at pair {row}. Leave that pair out.")
+        if bool((found.lengths < 1).any()):
+            row, side = (found.lengths < 1).nonzero()[0].tolist()
+            raise ValueError(
+                f"Pair {row} of {objective!r} has an empty {('chosen', 'rejected')[side]} completion, whose "
+                "log-prob per token is not defined. Leave that pair out."
+            )
+
+
+class Followed:
+    """One objective's pairs: m and g (S + 1, N), the base first.
+
+    Args:
+        objective: its name.
+        scores: its pairs'.
+        stages: the objectives in the order they were trained in.
+        beta: β of m.
+    """
+
+    def __init__(self, objective: str, scores: ObjectiveScores, stages: list[str], beta: float) -> None:
+        self.objective, self.order, self.names = objective, stages, [BASE, *stages]
+        logps = torch.stack([scores.reference.double(), *(x.double() for x in scores.stages)])
+        gains, per_token = logps - logps[0], logps / scores.lengths.double()
+        self.m = beta * (gains[..., 0] - gains[..., 1])
+        self.g = per_token[..., 0] - per_token[..., 1]
+
+    def standings(self) -> list[Standing]:
+        """At the base and after every stage."""
+        return [
+            Standing(self.objective, name, *_mean_and_error(m), _wins(m), float(g.mean()), _wins(g))
+            for name, m, g in zip(self.names, self.m, self.g, strict=True)
+        ]
+
+    def changes(self, quartiles: Sequence[Quartile]) -> list[Change]:
+        """From each stage to the next, the first from the base; `quartiles` decide between two patterns."""
+        found = []
+        for after in range(1, len(self.names)):
+            (m0, m1), (g0, g1) = self.m[after - 1 : after + 1], self.g[after - 1 : after + 1]
+            margin, error = _mean_and_error(m1 - m0)
+            label = (self.objective, self.names[after - 1], self.names[after])
+            of_base = [q for q in quartiles if q.after == self.names[after] and q.ranked_by == "base"]
+            pattern = pattern_of(margin, error, of_base)
+            policy = (*_mean_and_error(g1 - g0), *_flips(g0, g1))
+            found.append(
+                Change(*label, self._role(after), len(m0), margin, error, _wins(m1) - _wins(m0), *policy, pattern)
+            )
+        return found
+
+    def _role(self, after: int) -> Role:
+        if self.order[after - 1] == self.objective:
+            return "trained"
+        return "previous" if self.objective in self.order[: after - 1] else "later"
+
+    def quartiles(self) -> Iterator[Quartile]:
+        """Of each change after the first stage, under both rankings; NaN for fewer than 8 pairs."""
+        for after in range(2, len(self.names)):
+            g0, g1 = self.g[after - 1], self.g[after]
+            for ranked_by, key in zip(RANKINGS, (g0, self.g[0]), strict=True):
+                parts = key.argsort(stable=True).tensor_split(4)
+                for number, rows in enumerate(parts, start=1):
+                    label = (self.objective, self.names[after - 1], self.names[after], ranked_by, number)
+                    if len(g0) < MIN_PAIRS:
+                        yield Quartile(*label, len(rows), *[math.nan] * 7)
+                        continue
+                    ends = float(key[rows].min()), float(key[rows].max())
+                    change = _mean_and_error((g1 - g0)[rows])
+                    yield Quartile(*label, len(rows), *ends, *change, *_flips(g0[rows], g1[rows]))
+
+
+def _mean_and_error(values: Tensor) -> tuple[float, float]:
+    """Mean of values (N,) and its standard error; NaN for one value."""
+    error = float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return float(values.mean()), error
+
+
+def _wins(values: Tensor) -> float:
+    return float((values > 0).double().mean() + 0.5 * (values == 0).double().mean())
+
+
+def _flips(before: Tensor, after: Tensor) -> tuple[float, float, float]:
+    """Shares of values (N,) that rise, that go from above 0 to below, and from below to above."""
+    rows = (after > before, (before > 0) & (after < 0), (before < 0) & (after > 0))
+    improved, lost, gained = (float(row.double().mean()) for row in rows)
+    return improved, lost, gained
+
+
+def pattern_of(margin: float, error: float, quartiles: Sequence[Quartile]) -> Pattern:
+    """What to call the change of an objective.
+
+    Args:
+        margin: mean change of m.
+        error: its standard error.
+        quartiles: of the same change, ranked by the base's g; may be empty.
+
+    Returns:
+        `"partial degradation"` and `"positive transfer"` where the mean is more than two standard errors from 0;
+        `"redistribution"` where it is not, but the mean change of g of some quartile is (2.5 of its standard errors,
+        the largest of four); else `"stability"`, or `"unknown"` for fewer than two pairs.
+    """
+    if not math.isfinite(error):
+        return "unknown"
+    if abs(margin) > CLEAR * error:
+        return "positive transfer" if margin > 0 else "partial degradation"
+    if any(abs(q.change) > CLEAR_OF_FOUR * q.error for q in quartiles if math.isfinite(q.error)):
+        return "redistribution"
+    return "stability"
