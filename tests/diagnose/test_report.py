@@ -72,7 +72,7 @@ def report(**changes: Any) -> Report:
 class Reader(HTMLParser):
     """What a page says: tags with their attributes, text, tables."""
 
-    VOID = {"meta", "link", "img", "br"}
+    VOID: ClassVar = {"meta", "link", "img", "br"}
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
@@ -155,9 +155,11 @@ def test_the_page_says_everything(written: Path) -> None:
     words = reader.words
     assert words.index("▲ warning But not here.") < words.index("? unknown Who") < words.index("✓ fine All is well.")
     assert words.count("But not here.") == 2, "on top, and in its section"
-    assert [["name", "value", "count", "none"], ["row 0", "0.1235", "0", "–"], ["row 1", "–", "1", "–"]] == (
-        reader.tables[0][:3]
-    )
+    assert (reader.tables[0][:3]) == [
+        ["name", "value", "count", "none"],
+        ["row 0", "0.1235", "0", "–"],
+        ["row 1", "–", "1", "–"],
+    ]
     assert reader.tables[0][3] == ["row 2", "-2.5", "2", "–"]
     settings = dict(row for table in reader.tables for row in table if len(row) == 2)
     assert settings["seed"] == "7" and settings["torch"] == "9.9" and settings["axes"] == '["help"]'
