@@ -212,7 +212,8 @@ def _not_drawn(record: Mapping[str, Any]) -> list[str]:
 def _show(report: Report, failed: Sequence[str], folder: Path) -> None:
     """The verdicts on standard output, warnings first."""
     console = Console(highlight=False, markup=False, soft_wrap=True)
-    for section, name, verdict in report.verdicts():
+    for section, index, verdict in report.verdicts():
+        name = section.parts[index].name
         console.print(f"{verdict} ({section.key}{', ' + name if name else ''})")
     for line in failed:
         console.print(f"[not done] {line}")

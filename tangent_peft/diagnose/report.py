@@ -107,12 +107,12 @@ class Report:
     settings: Mapping[str, Any]
     run: Circumstances
 
-    def verdicts(self) -> list[tuple[Section, str, Verdict]]:
-        """All verdicts, warnings first and what is unknown next, with their sections and the names of their parts."""
+    def verdicts(self) -> list[tuple[Section, int, Verdict]]:
+        """All verdicts, warnings first and what is unknown next, with their sections and the indices of their parts."""
         found = [
-            (section, part.name, verdict)
+            (section, index, verdict)
             for section in self.sections
-            for part in section.parts
+            for index, part in enumerate(section.parts)
             if part.result is not None
             for verdict in part.result.verdicts()
         ]
@@ -137,8 +137,8 @@ class Report:
             "title": self.title,
             "settings": plain(self.settings),
             "verdicts": [
-                {"section": section.key, "part": name, "finding": verdict.finding, "text": verdict.text}
-                for section, name, verdict in self.verdicts()
+                {"section": section.key, "part": section.parts[index].name, **vars(verdict)}
+                for section, index, verdict in self.verdicts()
             ],
             "not_done": self.undone,
             "sections": [_section(section, drawn) for section in self.sections],
