@@ -28,6 +28,7 @@ from tangent_peft.cli.diagnose_subject import Loaded, Subject, find_subject, loa
 from tangent_peft.cli.memory import peak_memory_gb
 from tangent_peft.cli.saved_axes import is_smollm2
 from tangent_peft.diagnose.report import RECORD, Circumstances, Part, Report, Section, write_report
+from tangent_peft.diagnose.steering_section import SteeringDiagnosis
 from tangent_peft.evaluate.plots.drawing import color_map
 from tangent_peft.tuner.export.atomic import check_place
 
@@ -149,7 +150,8 @@ def _part(name: str, work: Callable[[], Any]) -> Part:
         result = work()
     except EXPECTED as error:
         return Part(name, reason=" ".join(str(error).split()), seconds=time.perf_counter() - begun)
-    return Part(name, result, seconds=time.perf_counter() - begun)
+    attach = result.save_vectors if isinstance(result, SteeringDiagnosis) else None
+    return Part(name, result, seconds=time.perf_counter() - begun, attach=attach)
 
 
 # ---- what stands around them -----------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import Any
 from tangent_peft.cli.diagnose_subject import Subject
 from tangent_peft.cli.saved_axes import CONFIG, axis_config
 from tangent_peft.diagnose.report import Section
+from tangent_peft.diagnose.safe_range import SafeRange
 from tangent_peft.tuner.files import write_text
 
 
@@ -40,16 +41,30 @@ def check_storable(subject: Subject, sections: Sequence[str]) -> None:
 
 
 def store_ranges(subject: Subject, sections: Sequence[Section]) -> list[str]:
-    """Stores the range of every axis that was measured.
+    """Stores the safe range of every axis that was measured.
 
     Args:
         subject: the axes.
         sections: as they were made.
 
     Returns:
-        A line for each axis whose range could not be stored, with the reason.
+        A line for each axis whose range is not stored, with the reason.
     """
-    return []
+    results = [part.result for section in sections for part in section.parts]
+    found = {result.axis: result for result in results if isinstance(result, SafeRange)}
+    failed = []
+    for axis, place in subject.axes.items():
+        measured = found.get(axis)
+        if measured is None:
+            failed.append(f"No safe range of {axis} is stored: it could not be measured")
+        elif not measured.norm:
+            failed.append(f"No safe range of {axis} is stored: τ is 0, so it is not trained yet")
+        else:
+            try:
+                store_range(place, measured.stored.to_dict())
+            except (OSError, ValueError) as error:
+                failed.append(f"No safe range of {axis} is stored: {error}")
+    return failed
 
 
 def store_range(place: Path, record: Mapping[str, Any]) -> None:

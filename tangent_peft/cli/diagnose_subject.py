@@ -194,7 +194,8 @@ def load_subject(subject: Subject, dtype: str | None = None) -> Loaded:
     notes = {"dtype": str(base.dtype).removeprefix("torch."), "device": device}
     if subject.axes:
         model = load_axes(base, subject.axes)
-        tuned = {axis: ModelState.mix(model, {axis: 1.0}, name=axis) for axis in subject.axes}
+        configs: Any = model.peft_config
+        tuned = {axis: ModelState.mix(model, {axis: 1.0}, configs[axis].linearize, axis) for axis in subject.axes}
         return Loaded(ModelState.base(model), tuned, tokenizer, notes)
     if subject.is_lora:
         adapted = PeftModel.from_pretrained(base, subject.tuned).eval()

@@ -9,7 +9,7 @@ import base64
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -19,7 +19,7 @@ from tangent_peft.diagnose.result import Diagnosis, Table, Verdict, as_text, pla
 from tangent_peft.tuner.export.atomic import files_in, fresh_folder
 
 
-PAGE, RECORD, FIGURES = "report.html", "report.json", "figures"
+PAGE, RECORD, FIGURES, ATTACHED = "report.html", "report.json", "figures", "attached"
 FORMAT = "tangent_peft.diagnosis"
 MARKS = {"warning": "▲", "unknown": "?", "fine": "✓"}  # with the word beside it, so that color is not needed
 UNDRAWN = (ValueError, TypeError, ArithmeticError)
@@ -34,12 +34,14 @@ class Part:
         result: the diagnosis; `None` if it could not be made.
         reason: why it could not be made.
         seconds: that it took.
+        attach: writes what belongs to the result and is no number, such as vectors, into the folder it is given.
     """
 
     name: str
     result: Diagnosis | None = None
     reason: str = ""
     seconds: float = 0.0
+    attach: Callable[[Path], object] | None = None
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,7 @@ class Figure:
 
 
 def write_report(report: Report, folder: str | Path, overwrite: bool = False) -> dict[str, Any]:
-    """Writes `report.html`, `report.json` and `figures/` into a folder that appears whole or not at all.
+    """Writes page, JSON, figures and what parts attach into a folder that appears whole or not at all.
 
     Args:
         report: to write.
@@ -191,6 +193,9 @@ def write_report(report: Report, folder: str | Path, overwrite: bool = False) ->
     """
     with fresh_folder(Path(folder), overwrite, RECORD) as unfinished:
         figures = draw(report, unfinished)
+        for section, index, part in _parts(report):
+            if part.attach is not None:
+                part.attach(_place(unfinished / ATTACHED, section, index))
         (unfinished / PAGE).write_text(page(report, figures), encoding="utf-8")
         record = {**report.to_dict(figures), "files": sorted(files_in(unfinished))}
         text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False)
@@ -205,15 +210,24 @@ def draw(report: Report, folder: Path) -> dict[tuple[str, int], list[Figure]]:
         The figures by section and index of the part. One that can not be drawn has no files, but a reason.
     """
     found: dict[tuple[str, int], list[Figure]] = {}
-    for section in report.sections:
-        for index, part in enumerate(section.parts):
-            if part.result is None:
-                continue
-            place = folder / FIGURES / "-".join(filter(None, [section.key, _slug(part.name)]))
-            if place.exists():  # two names with the same letters
-                place = place.with_name(f"{place.name}-{index}")
+    for section, index, part in _parts(report):
+        if part.result is not None:
+            place = _place(folder / FIGURES, section, index)
             found[section.key, index] = _figures(part.result, _joined(section.title, part.name), place, folder)
     return found
+
+
+def _parts(report: Report) -> Iterator[tuple[Section, int, Part]]:
+    for section in report.sections:
+        for index, part in enumerate(section.parts):
+            yield section, index, part
+
+
+def _place(folder: Path, section: Section, index: int) -> Path:
+    """A folder of its own for each part."""
+    slugs = [_slug(part.name) for part in section.parts]
+    slug = slugs[index] if slugs.count(slugs[index]) == 1 else f"{slugs[index]}-{index}"
+    return folder / "-".join(filter(None, [section.key, slug]))
 
 
 def _figures(result: Diagnosis, title: str, place: Path, folder: Path) -> list[Figure]:
