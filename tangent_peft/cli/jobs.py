@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
+from tangent_peft.cli.memory import peak_memory_gb
 from tangent_peft.cli.smollm2 import Axis, load_smollm2, quickstart_pairs
 
 
@@ -83,18 +84,6 @@ def prepare_worker(threads: int, messages: Any = None) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)  # the host libraries' own deprecations
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-
-
-def peak_memory_gb() -> float:
-    """Largest resident size of this process so far, in GiB; NaN where the platform does not tell."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return math.nan
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-# ---- training --------------------------------------------------------------------------------------------------------
 
 
 class _StepCallback(TrainerCallback):

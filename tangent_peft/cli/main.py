@@ -11,6 +11,7 @@ from tangent_peft import __version__
 from tangent_peft.cli.compare_options import add_compare
 from tangent_peft.cli.data_options import add_data
 from tangent_peft.cli.demo_options import add_demo
+from tangent_peft.cli.diagnose_options import add_diagnose
 from tangent_peft.cli.export_options import add_export
 from tangent_peft.cli.plan_options import add_plan
 from tangent_peft.cli.sequential_options import add_sequential
@@ -69,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     add_sweep(commands)
     add_compare(commands)
     add_sequential(commands)
+    add_diagnose(commands)
     recipes = commands.add_parser("recipes", help="list the packaged recipes, or print the path of one")
     recipes.add_argument("name", nargs="?", help="print the path of this one")
     recipes.set_defaults(run=_recipes)

@@ -23,6 +23,7 @@ from rich.progress import Progress as ProgressBars
 
 from tangent_peft.cli import jobs
 from tangent_peft.cli.jobs import AXES, LAMBDAS, Progress, QuickstartOptions
+from tangent_peft.cli.memory import peak_memory_gb
 from tangent_peft.cli.report import QuickstartReport
 from tangent_peft.cli.smollm2 import load_smollm2
 
@@ -58,7 +59,7 @@ def run_quickstart(options: QuickstartOptions, console: Console | None = None) -
     report.seconds["load"] = time.perf_counter() - begun
     trained, evaluated = _run_jobs(options, console, report)
     stages = [sum(result["peak_memory_gb"] for result in stage.values()) for stage in (trained, evaluated)]
-    at_work = max(stages) + jobs.peak_memory_gb()
+    at_work = max(stages) + peak_memory_gb()
     report.training = {axis: trained[axis] for axis in AXES}
     _collect(report, evaluated)
     tables.print_accuracy(console, report)
@@ -69,7 +70,7 @@ def run_quickstart(options: QuickstartOptions, console: Console | None = None) -
     begun = time.perf_counter()
     _export(options, report, console)
     report.seconds["export"] = time.perf_counter() - begun
-    report.peak_memory_gb = max(at_work, jobs.peak_memory_gb())
+    report.peak_memory_gb = max(at_work, peak_memory_gb())
     report.seconds = {stage: round(seconds, 1) for stage, seconds in report.seconds.items()}
     (options.output / "results.json").write_text(
         json.dumps(asdict(report), indent=1, allow_nan=False), encoding="utf-8"
