@@ -95,8 +95,7 @@ def principal(rows: Rows) -> Principal:
         energy += float(np.sum(part**2))
         triangle = np.asarray(np.linalg.qr(np.concatenate([triangle, part - mean]), mode="r"))
     _, values, directions = np.linalg.svd(triangle, full_matrices=False)
-    noise = max(rows.shape) * float(np.finfo(rows.dtype).eps) * math.sqrt(energy)
-    rank = int(np.sum(values > noise)) if energy else 0
+    rank = int(np.sum(values > _rounding(rows) * math.sqrt(energy))) if energy else 0
     share = count * float(mean @ mean) / energy if energy else math.nan
     return Principal(mean, values[:rank], directions[:rank], count, share)
 
@@ -193,7 +192,12 @@ def _vary(rows: Rows) -> bool:
     mean = sum(part.sum(0) for part in chunked(rows)) / len(rows)
     spread = sum(float(np.sum((part - mean) ** 2)) for part in chunked(rows))
     energy = sum(float(np.sum(part**2)) for part in chunked(rows))
-    return math.sqrt(spread) > max(rows.shape) * float(np.finfo(rows.dtype).eps) * math.sqrt(energy)
+    return math.sqrt(spread) > _rounding(rows) * math.sqrt(energy)
+
+
+def _rounding(rows: Rows) -> float:
+    """Relative to √Σ‖row‖², what rounding may leave in a direction: errors add up like random ones."""
+    return 10.0 * math.sqrt(max(rows.shape)) * float(np.finfo(rows.dtype).eps)
 
 
 def _hsic(a: Rows, b: Rows) -> tuple[float, float]:

@@ -9,7 +9,7 @@ COSINE_LIMIT = 0.3
 
 NOT_ALONE = (
     "A small cosine alone does not rule out interference (arXiv 2608.09490): look at the non-additivity R(λ) of the "
-    "mix as well."
+    "mix as well (`additivity`)."
 )
 
 

@@ -155,6 +155,12 @@ def test_a_shift_of_rank_one_has_one_correlation_and_no_decay() -> None:
     assert found.directions[0] == 1 and len(found.correlations) == 1 and math.isnan(found.area)
 
 
+def test_faint_directions_of_many_rows_are_not_taken_for_rounding() -> None:
+    rows = (normal(0, 60_000, 3) * [1.0, 1.0, 1e-3]).astype(np.float32)
+    assert len(principal(rows).values) == 3
+    assert len(principal(rows @ np.diag([1.0, 1.0, 0.0]).astype(np.float32)).values) == 2
+
+
 def test_refuses_settings_that_say_nothing() -> None:
     a = normal(0, 20, 6)
     with pytest.raises(ValueError, match="components=5 directions of 20 prompts"):
