@@ -27,8 +27,8 @@ from tangent_peft.diagnose.spinal_options import SpinalOptions
 from tangent_peft.diagnose.spinal_score import spinal_score
 from tangent_peft.diagnose.states import ModelState
 from tangent_peft.diagnose.steering import ShiftOptions, steering_vectors
-from tangent_peft.diagnose.steering_effect import EffectOptions
 from tangent_peft.diagnose.steering_section import POSITIONS, SteeringOptions, diagnose_steering
+from tangent_peft.diagnose.steering_trial import EffectOptions
 from tangent_peft.evaluate.pairs import Pair
 
 
