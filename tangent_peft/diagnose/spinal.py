@@ -257,11 +257,11 @@ class Watch:
         return SpinalTrace(self.state.name, fits, transport, self._gradients(texts, reference), self.block, settings)
 
     def _gradients(self, texts: Texts, reference: Tensor | None) -> BlockGradients | None:
-        if texts.pairs is None or reference is None:
+        if reference is None:
             return None
         options = self.options
         return block_gradients(
-            self.state, texts.tokenizer, texts.pairs, reference, options.beta, options.batch_size, options.memory
+            self.state, texts.tokenizer, texts.learned(), reference, options.beta, options.batch_size, options.memory
         )
 
 

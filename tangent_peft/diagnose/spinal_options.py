@@ -35,6 +35,7 @@ class SpinalOptions:
         block: first and last layer of the terminal block; `None`: layers 21 to 30 of 32, scaled to the depth.
         weights: of alignment, coherence and concentration in the score (ours: equal).
         beta: β of the DPO loss whose gradient is looked at.
+        gradient_pairs: how many of the pairs, the first ones, the gradient is taken on; `None`: all.
         batch_size: rows, or pairs, of a batch.
         seed: of the draw of `lens_tokens`.
         memory: bytes of gradients held at a time.
@@ -50,6 +51,7 @@ class SpinalOptions:
     block: tuple[int, int] | None = None
     weights: tuple[float, float, float] = (1 / 3, 1 / 3, 1 / 3)
     beta: float = 0.1
+    gradient_pairs: int | None = 16
     batch_size: int = 2
     seed: int = 0
     memory: int = MEMORY
@@ -59,6 +61,8 @@ class SpinalOptions:
             raise ValueError(f"`positions` is {self.positions!r}; it is 'all', 'answer' or 'last'.")
         if self.lens_tokens is not None and self.lens_tokens < 1:
             raise ValueError(f"`lens_tokens` is {self.lens_tokens}; give at least 1, or None for all tokens.")
+        if self.gradient_pairs is not None and self.gradient_pairs < 1:
+            raise ValueError(f"`gradient_pairs` is {self.gradient_pairs}; give at least 1, or None for all pairs.")
         if len(self.weights) != 3 or not all(math.isfinite(weight) for weight in self.weights):
             raise ValueError(f"`weights` is {self.weights}; give three finite numbers.")
 
@@ -118,11 +122,15 @@ class Texts:
         for batch in answer_batches(self.tokenizer, self.pairs, options.batch_size, device, keep=read):
             yield TokenBatch(batch.inputs, _before(batch.keep)) if options.positions == "last" else batch
 
+    def learned(self) -> Sequence[Pair]:
+        """The pairs that the gradient is taken on."""
+        return (self.pairs or [])[: self.options.gradient_pairs]
+
     def reference(self, state: ModelState) -> Tensor | None:
-        """log π_ref of the pairs (N, 2), of the network at the weights of a state; `None` without pairs."""
+        """log π_ref of these pairs (N, 2), of the network at the weights of a state; `None` without pairs."""
         if self.pairs is None:
             return None
-        return reference_logps(state, self.tokenizer, self.pairs, self.options.batch_size)
+        return reference_logps(state, self.tokenizer, self.learned(), self.options.batch_size)
 
     def lens_sample(self) -> Tensor:
         """Which of the positions read, in order, go through the lens (N,), as booleans on the CPU."""

@@ -31,10 +31,10 @@ class Curve:
 def plot_traces(
     curves: Sequence[Curve], block: tuple[int, int], noise: float, path: Path, title: str = ""
 ) -> list[Path]:
-    """Draws traces over each other, one panel each for α, ℒ and, where there is one, the gradient.
+    """Draws traces over each other, a panel each for α, ℒ and, where there is one, the gradient; of two the change too.
 
     Args:
-        curves: at most eight, of models of one depth.
+        curves: at most eight, of models of one depth; of two, the second less the first is drawn below.
         block: first and last layer of the terminal block.
         noise: α of noise of the same shape, a dotted line; NaN leaves it out.
         path: where to save; written as .png and as .svg.
@@ -48,11 +48,11 @@ def plot_traces(
         ValueError: for no curves, or too many.
     """
     styles = looks(curve.name for curve in curves)
-    has_gradient = any(curve.energy is not None for curve in curves)
-    labels = ["contraction α", "transport ℒ to the next layer (rad)", "share of the DPO gradient²"]
-    with drawing(path, (1 + 3.6 * (2 + has_gradient), 3.8)) as figure:
-        panels = figure.subplots(1, 2 + has_gradient, squeeze=False)[0]
-        for curve in curves:
+    traces = [_panels(curve) for curve in curves]
+    columns, rows = max(map(len, traces)), 2 if len(curves) == 2 else 1
+    with drawing(path, (1 + 3.6 * columns, 1.2 + 2.6 * rows)) as figure:
+        grid = figure.subplots(rows, columns, squeeze=False, sharex="col")
+        for curve, panels in zip(curves, traces, strict=True):
             look = styles[curve.name]
             style: dict[str, Any] = {
                 "color": look.color,
@@ -60,18 +60,35 @@ def plot_traces(
                 "marker": look.marker,
                 "markersize": 3,
             }
-            panels[0].plot(range(len(curve.alphas)), curve.alphas, label=curve.name, **style)
-            panels[1].plot(range(len(curve.transport)), curve.transport, label=curve.name, **style)
-            if curve.energy is not None:
-                total = math.fsum(curve.energy) or math.nan
-                shares = [value / total for value in curve.energy]
-                panels[2].plot(range(1, len(shares) + 1), shares, label=curve.name, **style)
+            for axes, (layers, values) in zip(grid[0], panels, strict=False):
+                axes.plot(layers, values, label=curve.name, **style)
         if not math.isnan(noise):
-            panels[0].axhline(noise, color=INK, linestyle=":", linewidth=0.8, label="noise of the same shape")
-        for axes, label in zip(panels, labels, strict=False):
+            grid[0][0].axhline(noise, color=INK, linestyle=":", linewidth=0.8, label="noise of the same shape")
+        if rows == 2:
+            for axes, (layers, before), (_, after) in zip(grid[1], *traces, strict=False):
+                change = [new - old for old, new in zip(before, after, strict=True)]
+                axes.bar(layers, change, color=styles[curves[1].name].color)
+                axes.axhline(0, color=INK, linewidth=0.6)
+                axes.set(ylabel="change")
+        for axes, label in zip(grid[0], LABELS, strict=False):
+            axes.set(ylabel=label)
+        for axes in grid.flat:
             axes.axvspan(block[0] - 0.5, block[1] + 0.5, facecolor="0.92", zorder=0)
-            axes.set(xlabel=f"layer (shaded: terminal block {block[0]}–{block[1]})", ylabel=label)
-        panels[0].legend()
+        for axes in grid[-1]:
+            axes.set(xlabel=f"layer (shaded: terminal block {block[0]}–{block[1]})")
+        grid[0][0].legend()
         note = "reconstruction: fit window, tokens, scaling of the terminal block"
         figure.suptitle(f"{title}\n{note}" if title else note, fontsize=8)
     return [pictures(path)[0]]
+
+
+LABELS = ("contraction α", "transport ℒ to the next layer (rad)", "share of the DPO gradient²")
+
+
+def _panels(curve: Curve) -> list[tuple[list[int], list[float]]]:
+    """Layers and values of each panel of a trace."""
+    panels = [(list(range(len(values))), list(values)) for values in (curve.alphas, curve.transport)]
+    if curve.energy is not None:
+        total = math.fsum(curve.energy) or math.nan
+        panels.append((list(range(1, len(curve.energy) + 1)), [value / total for value in curve.energy]))
+    return panels

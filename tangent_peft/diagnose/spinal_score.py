@@ -161,10 +161,12 @@ class SpinalScore(Diagnosis):
     def verdicts(self) -> list[Verdict]:
         """What the paper says of aligned models, one by one, and whether it holds here."""
         first, last = self.base.block
+        missing = [verdict for trace in (self.base, self.tuned) for verdict in trace.verdicts()]
         return [
             _verdict_of_contraction(self.alignment, f"{first}–{last}"),
             _verdict_of_transport(self.alignment, f"{first}–{last}", self.transport_error),
             _verdict_of_gradient(self.concentration, f"{first}–{last}", last - first + 1 == len(self.base.transport)),
+            *(verdict for verdict in missing if verdict.finding != "fine"),
         ]
 
     def plot(self, folder: str | Path) -> list[Path]:

@@ -117,15 +117,13 @@ def test_logits_that_are_not_of_the_head_are_refused() -> None:
 
 
 @pytest.mark.parametrize("distance", [1e-6, 1e-5, 1e-3, 0.1, 1.0, 2.5])
-@pytest.mark.parametrize("angle", [0.02, 0.6, 1.2])
+@pytest.mark.parametrize("angle", [0.02, 0.3, 1.4])
 def test_a_rotation_of_two_outcomes_has_its_angle_as_distance(distance: float, angle: float) -> None:
     """√p = (cos a, sin a), √q = (cos(a + d/2), sin(a + d/2)): 2 arccos Σ√(pq) = d."""
     with mpmath.workdps(40):
         turned = [mpmath.mpf(angle), mpmath.mpf(angle) + mpmath.mpf(distance) / 2]
         if turned[1] >= mpmath.pi / 2:
             turned[1] = turned[0] - mpmath.mpf(distance) / 2
-        if turned[1] <= 0:
-            pytest.skip("the rotation leaves the quarter of the circle")
         logits = [[2 * mpmath.log(mpmath.cos(a)), 2 * mpmath.log(mpmath.sin(a))] for a in turned]
         change = [float(after - before) for before, after in zip(*logits, strict=True)]
     found = fisher_rao(torch.tensor([[float(x) for x in logits[0]]]), torch.tensor([change]))

@@ -126,12 +126,13 @@ def test_a_mix_as_weights_has_the_trace_of_its_merged_checkpoint(tokenizer: Any,
 
 def test_a_model_against_itself_has_not_changed(tokenizer: Any, pairs: Any) -> None:
     state = ModelState.plain(deep(), "base")
-    found = spinal_score(state, state, tokenizer, pairs=pairs)
+    found = spinal_score(state, state, tokenizer, pairs=pairs, options=SpinalOptions(gradient_pairs=3))
+    assert found.tuned.gradients is not None and found.tuned.gradients.pairs == 3
     shift = found.alignment
     assert (shift.value, shift.scaled, shift.contraction_elsewhere, found.transport_error) == (0, 0, 0, 0)
     assert [verdict.finding for verdict in found.verdicts()][:2] == ["unknown", "unknown"]
     first, last = found.base.block
-    energy = found.tuned.gradients.energy  # type: ignore[union-attr]
+    energy = found.tuned.gradients.energy
     share = sum(energy[first - 1 : last]) / sum(energy)
     assert found.concentration[1] == pytest.approx(share - (last - first + 1) / 8)
     assert found.score == pytest.approx((found.coherence[1] + found.concentration[1]) / 3)
@@ -249,6 +250,6 @@ def test_named_errors(tokenizer: Any, pairs: Any) -> None:
         spinal_trace(state, tokenizer, pairs=[{**pairs[0], "chosen": [{"role": "assistant", "content": ""}]}])
     with pytest.raises(ValueError, match="number of blocks 3 and 8"):
         spinal_score(state, ModelState.plain(deep(), "deep"), tokenizer, pairs=pairs)
-    for wrong in ({"positions": "first"}, {"lens_tokens": 0}, {"weights": (1.0, math.nan, 1.0)}):
+    for wrong in ({"positions": "first"}, {"lens_tokens": 0}, {"gradient_pairs": 0}, {"weights": (1.0, math.nan, 1.0)}):
         with pytest.raises(ValueError):
             SpinalOptions(**wrong)  # type: ignore[arg-type]
