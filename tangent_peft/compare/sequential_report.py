@@ -114,7 +114,8 @@ def _plane(result: SequentialResult, path: Path) -> Path:
     sources = list(dict.fromkeys(system["source"] for system in result.systems))
     styles = looks(KINDS)
     with drawing(path, (3.4 * len(sources), 3.6)) as figure:
-        for plot, source in zip(figure.subplots(1, len(sources), squeeze=False)[0], sources, strict=True):
+        plots = figure.subplots(1, len(sources), squeeze=False, sharex=True, sharey=True)[0]
+        for plot, source in zip(plots, sources, strict=True):
             for kind in KINDS:
                 chosen = [s for s in result.systems if (s["source"], s["kind"]) == (source, kind)]
                 x, y = ([s["preference"][axis]["mean"] for s in chosen] for axis in axes)
@@ -127,6 +128,8 @@ def _plane(result: SequentialResult, path: Path) -> Path:
             plot.margins(0.25)
             plot.set_title(NAMES[source].replace(" soup", ""))
             plot.set_xlabel(f"{axes[0]}: {TITLES['preference']}")
-            plot.set_ylabel(f"{axes[1]}: {TITLES['preference']}")
-        plot.legend(frameon=False)
+        plots[0].set_ylabel(f"{axes[1]}: {TITLES['preference']}")
+        figure.legend(
+            *plots[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(KINDS), frameon=False
+        )
     return pictures(path)[0]

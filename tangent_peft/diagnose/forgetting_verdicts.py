@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from tangent_peft.diagnose.result import Verdict
+from tangent_peft.diagnose.transfer import differs
 
 
 if TYPE_CHECKING:
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
 
 
 ORTHOGONAL = 0.1  # |mean cosine| below which gradients are called near-orthogonal
-CLEAR = 2.0  # standard errors
 FINDINGS = {"partial degradation": "warning", "redistribution": "warning", "unknown": "unknown"}
 
 
@@ -56,7 +56,7 @@ def _quartiles(result: Forgetting, change: Change) -> Iterator[Verdict]:
     elif base:
         yield Verdict("warning", f"{text} The second differ from 0: pairs of unlike standing were moved unlike.")
     else:
-        yield Verdict("fine", f"{text} Neither is more than {CLEAR:g} standard errors from 0.")
+        yield Verdict("fine", f"{text} Neither differs from 0.")
 
 
 def _ends(result: Forgetting, change: Change, ranked_by: str) -> list[Quartile]:
@@ -67,7 +67,7 @@ def _ends(result: Forgetting, change: Change, ranked_by: str) -> list[Quartile]:
 
 
 def _clear(quartile: Quartile) -> bool:
-    return abs(quartile.change) > CLEAR * quartile.error
+    return differs(quartile.change, quartile.error, quartile.pairs, tests=2)
 
 
 def _signed(value: float) -> str:

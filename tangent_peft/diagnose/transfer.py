@@ -17,8 +17,8 @@ from torch import Tensor
 BASE = "base"
 MIN_PAIRS = 8  # for quartiles: two pairs each
 RANKINGS = ("stage", "base")
-CLEAR = 2.0  # standard errors from which a mean is called different from 0
-CLEAR_OF_FOUR = 2.5  # the same for the largest of four quartiles: 4 · P(|z| > 2.5) = 0.05
+LEVEL = 0.05  # of the t-tests by which a mean is called different from 0, two-sided
+MANY = 1000  # degrees of freedom from which Student's t is taken for a normal distribution
 
 Pattern: TypeAlias = Literal["partial degradation", "stability", "redistribution", "positive transfer", "unknown"]
 Role: TypeAlias = Literal["trained", "previous", "later"]
@@ -204,7 +204,7 @@ class Followed:
             margin, error = _mean_and_error(m1 - m0)
             label = (self.objective, self.names[after - 1], self.names[after])
             of_base = [q for q in quartiles if q.after == self.names[after] and q.ranked_by == "base"]
-            pattern = pattern_of(margin, error, of_base)
+            pattern = pattern_of(margin, error, len(m0), of_base)
             policy = (*_mean_and_error(g1 - g0), *_flips(g0, g1))
             found.append(
                 Change(*label, self._role(after), len(m0), margin, error, _wins(m1) - _wins(m0), *policy, pattern)
@@ -249,23 +249,61 @@ def _flips(before: Tensor, after: Tensor) -> tuple[float, float, float]:
     return improved, lost, gained
 
 
-def pattern_of(margin: float, error: float, quartiles: Sequence[Quartile]) -> Pattern:
+def pattern_of(margin: float, error: float, pairs: int, quartiles: Sequence[Quartile]) -> Pattern:
     """What to call the change of an objective.
 
     Args:
         margin: mean change of m.
         error: its standard error.
+        pairs: how many.
         quartiles: of the same change, ranked by the base's g; may be empty.
 
     Returns:
-        `"partial degradation"` and `"positive transfer"` where the mean is more than two standard errors from 0;
-        `"redistribution"` where it is not, but the mean change of g of some quartile is (2.5 of its standard errors,
-        the largest of four); else `"stability"`, or `"unknown"` for fewer than two pairs.
+        `"partial degradation"` and `"positive transfer"` where the mean differs from 0 (see `differs`);
+        `"redistribution"` where it does not, but the mean change of g of some quartile does, tested as one of four;
+        else `"stability"`, or `"unknown"` for fewer than two pairs.
     """
     if not math.isfinite(error):
         return "unknown"
-    if abs(margin) > CLEAR * error:
+    if differs(margin, error, pairs):
         return "positive transfer" if margin > 0 else "partial degradation"
-    if any(abs(q.change) > CLEAR_OF_FOUR * q.error for q in quartiles if math.isfinite(q.error)):
+    if any(differs(q.change, q.error, q.pairs, tests=4) for q in quartiles):
         return "redistribution"
     return "stability"
+
+
+def differs(mean: float, error: float, pairs: int, tests: int = 1) -> bool:
+    """Whether a mean differs from 0: Student's t-test, two-sided, at 5 %.
+
+    Args:
+        mean: of paired differences.
+        error: its standard error.
+        pairs: how many.
+        tests: how many such means are looked at, for the largest of them; the level is divided by it (Bonferroni).
+
+    Returns:
+        `False` also where there is no error, as of a single pair.
+    """
+    if pairs < 2 or not math.isfinite(error):
+        return False
+    if error == 0.0:
+        return mean != 0.0
+    return student_within(abs(mean) / error, pairs - 1) > 1 - LEVEL / tests
+
+
+def student_within(t: float, freedom: int) -> float:
+    """P(|T| < t) of Student's t (Abramowitz & Stegun, 26.7.3 and 26.7.4).
+
+    Args:
+        t: at least 0.
+        freedom: degrees of freedom, at least 1.
+    """
+    if freedom > MANY:
+        return math.erf(t / math.sqrt(2))
+    angle = math.atan(t / math.sqrt(freedom))
+    odd = freedom % 2
+    term, total = (math.cos(angle) if odd else 1.0), 0.0
+    for n in range(2 + odd, freedom + 1, 2):
+        total += term
+        term *= (n - 1) / n * math.cos(angle) ** 2
+    return 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import build
+from scipy import stats
 from torch import Tensor
 
 from tangent_peft.diagnose.forgetting import Conflict, Forgetting, forgetting
-from tangent_peft.diagnose.transfer import ObjectiveScores
+from tangent_peft.diagnose.transfer import ObjectiveScores, differs, student_within
 from tangent_peft.evaluate.pairs import pair_batch
 from tangent_peft.evaluate.preferences import pair_logps
 from tangent_peft.tuner.movement import Movement
@@ -194,6 +195,21 @@ def test_patterns(shift: float, slope: float, pattern: str) -> None:
     wave = 0.1 * torch.cos(math.pi * torch.arange(40)).double()  # adds up to 0 in every quartile
     result = two_stages(base, base, base + shift + slope * base.abs() - slope * base.abs().mean() + wave)
     assert result.forgotten()[0].pattern == pattern
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 3, 4, 5, 8, 23, 100, 999, 5000])
+@pytest.mark.parametrize("t", [0.0, 0.3, 1.0, 2.0, 3.7, 12.0])
+def test_student_as_scipy(t: float, freedom: int) -> None:
+    expected = stats.t.cdf(t, freedom) - stats.t.cdf(-t, freedom)
+    assert student_within(t, freedom) == pytest.approx(expected, abs=1e-3 if freedom > 1000 else 1e-12)
+
+
+def test_differs_at_the_five_percent_of_the_tables() -> None:
+    assert differs(2.572, 1.0, pairs=6)  # t(5) = 2.571
+    assert not differs(2.570, 1.0, pairs=6)
+    assert differs(-3.82, 1.0, pairs=6, tests=4)  # t(5) at 1.25 % = 3.810
+    assert not differs(3.80, 1.0, pairs=6, tests=4)
+    assert not differs(5.0, math.nan, pairs=1)
 
 
 # ---- what it prints, saves and draws ---------------------------------------------------------------------------------
