@@ -9,6 +9,7 @@ import platform
 import shlex
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -23,10 +24,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tangent_peft import __version__
 from tangent_peft.cli.diagnose_data import Data, read_data
 from tangent_peft.cli.diagnose_sections import SECTIONS, How, Inputs, Kind
+from tangent_peft.cli.diagnose_stages import read_stages
 from tangent_peft.cli.diagnose_store import check_storable, store_ranges
 from tangent_peft.cli.diagnose_subject import Loaded, Subject, find_subject, load_subject
 from tangent_peft.cli.memory import peak_memory_gb
 from tangent_peft.cli.saved_axes import is_smollm2
+from tangent_peft.diagnose.forgetting import Forgetting
 from tangent_peft.diagnose.report import RECORD, Circumstances, Part, Report, Section, write_report
 from tangent_peft.diagnose.steering_section import SteeringDiagnosis
 from tangent_peft.evaluate.plots.drawing import color_map
@@ -58,19 +61,15 @@ def run_diagnose(options: argparse.Namespace) -> int:
     if options.paths:
         subject = find_subject(options.paths, options.base)
         data = read_data(subject, options.prompts, options.pairs, options.max_prompts)
-    chosen = choose(options.sections, subject, data, options.sequential)
+    stages = {} if options.sequential is None else read_stages(options.sequential)
+    chosen = choose(options.sections, subject, data, stages)
     if options.store:
         check_storable(subject, [kind.key for kind, reason in chosen if not reason])
     how = How(options.limit, tuple(options.weights or ()), options.seed, options.batch_size)
-    loaded = load_subject(subject, options.dtype) if options.paths else None
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=Console(stderr=True),
-    ) as bars:
-        sections = make(chosen, Inputs(subject, loaded, data, how, options.sequential), bars)
+    with warnings.catch_warnings(), _bars() as bars:
+        warnings.filterwarnings("ignore", "λ = ", UserWarning)  # λ beyond a safe range are looked at on purpose
+        loaded = load_subject(subject, options.dtype) if options.paths else None
+        sections = make(chosen, Inputs(subject, loaded, data, how, stages), bars)
     title = options.title or _title(subject, options.sequential)
     report = Report(title, sections, _settings(options, subject, data, loaded), circumstances())
     record = write_report(report, options.report, options.overwrite)
@@ -91,8 +90,6 @@ def _check(options: argparse.Namespace) -> None:
     strange = [weight for weight in options.weights or () if not math.isfinite(weight)]
     if strange:
         raise ValueError(f"--weights holds {strange[0]}; λ must be finite numbers.")
-    if options.sequential is not None and not options.sequential.is_file():
-        raise FileNotFoundError(f"There is no file {options.sequential}, named by --sequential.")
     if options.report.is_dir() and any(options.report.iterdir()) and not options.overwrite:
         raise FileExistsError(f"{options.report} exists and is not empty. Name another folder, or pass --overwrite.")
     check_place(options.report, options.overwrite, RECORD)
@@ -102,14 +99,14 @@ def _check(options: argparse.Namespace) -> None:
 # ---- sections --------------------------------------------------------------------------------------------------------
 
 
-def choose(names: str | None, subject: Subject, data: Data, sequential: Path | None) -> list[tuple[Kind, str]]:
+def choose(names: str | None, subject: Subject, data: Data, stages: Mapping[str, Forgetting]) -> list[tuple[Kind, str]]:
     """Which sections to make, each with a reason if it does not apply.
 
     Args:
         names: of the sections, with commas between them; `None`: all.
         subject: what is diagnosed.
         data: what it is measured on.
-        sequential: the result of a sequential training.
+        stages: what sequential trainings were found to forget.
 
     Raises:
         ValueError: for an unknown section, or one that was named and does not apply.
@@ -118,7 +115,7 @@ def choose(names: str | None, subject: Subject, data: Data, sequential: Path | N
     unknown = sorted(set(asked) - set(SECTIONS))
     if unknown or not asked:
         raise ValueError(f"--sections names {unknown}; the sections are {', '.join(SECTIONS)}.")
-    found = [(kind, kind.missing(subject, data, sequential)) for key, kind in SECTIONS.items() if key in asked]
+    found = [(kind, kind.missing(subject, data, stages)) for key, kind in SECTIONS.items() if key in asked]
     lacking = [f"{kind.key} {reason}" for kind, reason in found if reason]
     if names and lacking:
         raise ValueError(f"--sections can not be made of what is given: {'; '.join(lacking)}.")
@@ -142,6 +139,11 @@ def make(chosen: Sequence[tuple[Kind, str]], inputs: Inputs, bars: Progress) -> 
             section = replace(section, parts=tuple(parts))
         sections.append(section)
     return tuple(sections)
+
+
+def _bars() -> Progress:
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    return Progress(*columns, console=Console(stderr=True))
 
 
 def _part(name: str, work: Callable[[], Any]) -> Part:

@@ -6,17 +6,17 @@ One small function per section, each giving the parts of its section as names an
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, zip_longest
-from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from tangent_peft.cli.diagnose_data import Data
 from tangent_peft.cli.diagnose_subject import Loaded, Subject
 from tangent_peft.diagnose.activations import decoder_blocks
 from tangent_peft.diagnose.additivity import additivity
+from tangent_peft.diagnose.forgetting import Forgetting
 from tangent_peft.diagnose.geometry import axis_geometry
 from tangent_peft.diagnose.interference import InterferenceSettings, axis_interference
 from tangent_peft.diagnose.linearity import WEIGHTS, linearity_profile
@@ -38,7 +38,7 @@ Need: TypeAlias = Literal["models", "axes", "two axes", "pairs", "sequential"]
 
 # Rows that a section reads at most, which is what its time goes with. Whole forwards are few in the cheap sections, and
 # one for each λ, cell of a grid, or random direction in the others.
-LINEARITY_ROWS, ADDITIVITY_ROWS, SPINAL_ROWS, STEERED_PAIRS = 16, 8, 32, 16
+LINEARITY_ROWS, ADDITIVITY_ROWS, SPINAL_ROWS, STEERED_PAIRS = 8, 4, 16, 16
 DEPTHS = (0.5, 0.625, 0.75, 0.875, 1.0)  # shares of the depth at which shifts of two axes are compared
 
 
@@ -68,14 +68,14 @@ class Inputs:
         loaded: it, in memory; `None` if only the result of a sequential training is.
         data: prompts and pairs.
         how: numbers.
-        sequential: file with the result of a sequential training.
+        stages: what sequential trainings were found to forget, by what they are.
     """
 
     subject: Subject
     loaded: Loaded | None
     data: Data
     how: How
-    sequential: Path | None
+    stages: Mapping[str, Forgetting]
 
     @property
     def models(self) -> Loaded:
@@ -112,14 +112,14 @@ class Kind:
     needs: tuple[Need, ...]
     tasks: Callable[[Inputs], Sequence[Task]]
 
-    def missing(self, subject: Subject, data: Data, sequential: Path | None) -> str:
+    def missing(self, subject: Subject, data: Data, stages: Mapping[str, Forgetting]) -> str:
         """What it needs and is not given, as the end of a sentence; empty if nothing."""
         given: dict[Need, tuple[bool, str]] = {
             "models": (bool(subject.base), "needs saved axes, or a checkpoint and its base"),
             "axes": (bool(subject.axes), "needs tangent axes"),
             "two axes": (len(subject.axes) > 1, "needs two tangent axes"),
             "pairs": (bool(data.pairs), "needs --pairs"),
-            "sequential": (sequential is not None, "needs --sequential with a result of `tangent-peft sequential`"),
+            "sequential": (bool(stages), "needs --sequential with a result of `tangent-peft sequential`"),
         }
         return next((reason for need in self.needs for there, reason in [given[need]] if not there), "")
 
@@ -221,6 +221,14 @@ def _spinal(inputs: Inputs) -> list[Task]:
     return [(_at_one(inputs, name), partial(traced, name, tuned)) for name, tuned in models.tuned.items()]
 
 
+def _forgetting(inputs: Inputs) -> list[Task]:
+    return [(name, partial(_given, found)) for name, found in inputs.stages.items()]
+
+
+def _given(found: Diagnosis) -> Diagnosis:
+    return found
+
+
 def _at_one(inputs: Inputs, name: str) -> str:
     return f"{name} at λ = 1" if inputs.subject.axes else name
 
@@ -268,6 +276,13 @@ _KINDS = [
         "In which layers did training change how the hidden states contract and how predictions move?",
         ("models",),
         _spinal,
+    ),
+    Kind(
+        "forgetting",
+        "Forgetting over stages",
+        "What did each further stage of DPO do to the objectives of the stages before it?",
+        ("sequential",),
+        _forgetting,
     ),
 ]
 SECTIONS: dict[str, Kind] = {kind.key: kind for kind in _KINDS}

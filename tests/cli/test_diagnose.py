@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import torch
 from conftest import QUESTIONS, build, enlarge, make_llama
 from peft import LoraConfig, get_peft_model
 from strong_axes import two_axes
 from transformers import PreTrainedTokenizerFast
 
 from tangent_peft.cli import diagnose as command
-from tangent_peft.cli.diagnose_sections import Kind
+from tangent_peft.cli.diagnose_sections import SECTIONS, Kind
+from tangent_peft.cli.diagnose_stages import read_stages
 from tangent_peft.cli.diagnose_subject import find_subject, load_subject
 from tangent_peft.cli.main import main
+from tangent_peft.diagnose.forgetting import Conflict, Forgetting, forgetting
 from tangent_peft.diagnose.result import Diagnosis, Table, Verdict
+from tangent_peft.diagnose.transfer import ObjectiveScores
 from tangent_peft.evaluate.plots.drawing import drawing
 
 
@@ -164,8 +170,6 @@ def test_checkpoints(saved: Path, tmp_path: Path, paths: tuple[str, ...], base: 
 
 
 def test_checkpoints_are_loaded_as_they_are(saved: Path) -> None:
-    import torch
-
     ids = torch.tensor([[1, 5, 9, 20]])
     expected = build("llama")(ids).logits
     for paths, base in [(["tuned"], "base"), (["lora"], None), (["axes"], None)]:
@@ -178,9 +182,29 @@ def test_checkpoints_are_loaded_as_they_are(saved: Path) -> None:
     assert list(found.tuned) == ["help", "verb"]
 
 
+def two_stages() -> Forgetting:
+    """Two objectives of nine pairs each; the first is lost in the second stage. The numbers are drawn."""
+    torch.manual_seed(3)
+    lengths = torch.full((9, 2), 5)
+    scores = {}
+    for name, gains in {"help": (2.0, -1.0), "safe": (0.0, 2.0)}.items():
+        reference = torch.randn(9, 2) - 20
+        moved = [reference + torch.tensor([gain, 0.0]) + 0.3 * torch.randn(9, 2) for gain in gains]
+        scores[name] = ObjectiveScores(reference, moved, lengths)
+    return forgetting(scores, ["help", "safe"], 0.1, [Conflict("safe", "help", [0.1, math.nan])])
+
+
+def test_a_saved_result_of_stages_is_read_back(tmp_path: Path) -> None:
+    made = two_stages()
+    made.save(tmp_path / "stages.json")
+    (read,) = read_stages(tmp_path / "stages.json").values()
+    assert read.to_dict() == made.to_dict() and read.verdicts() == made.verdicts()
+    assert [str(table) for table in read.tables()] == [str(table) for table in made.tables()]
+
+
 @pytest.mark.usefixtures("stubbed")
 def test_a_report_of_stages_needs_no_model(saved: Path, tmp_path: Path) -> None:
-    (tmp_path / "stages.json").write_text("{}")
+    two_stages().save(tmp_path / "stages.json")
     assert main(["diagnose", "--sequential", str(tmp_path / "stages.json"), "--report", str(tmp_path / "out")]) == 0
     record = json.loads((tmp_path / "out" / "report.json").read_text())
     assert [bool(section["parts"]) for section in record["sections"]] == [False, False, False, True]
@@ -245,6 +269,8 @@ def test_packaged_data_for_the_base_of_the_quickstart(saved: Path) -> None:
         (("axes",), ("--sections", "forgetting"), "forgetting needs --sequential"),
         (("tuned",), ("--base", "{}/base", "--sections", "linearity"), "linearity needs tangent axes"),
         (("axes",), ("--sequential", "{}/gone.json"), "There is no file"),
+        (("axes",), ("--sequential", "{}/axes/help/adapter_config.json"), "is no result of `tangent-peft sequential`"),
+        (("axes",), ("--sequential", "{}/prompts.txt"), "can not be read as JSON"),
         (("axes",), ("--prompts", "{}/gone.txt"), "There is no file"),
         (("axes",), ("--pairs", "kind={}/pairs.jsonl"), "--pairs names ['kind']; the axes given are ['help', 'verb']"),
         (("axes",), ("--limit", "-1"), "--limit is a positive number"),
@@ -293,3 +319,76 @@ def test_a_mistake_in_the_program_is_not_taken_for_one_in_the_data(
     with pytest.raises(KeyError):
         run(saved, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+# ---- the sections themselves -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def data(tmp_path: Path, pairs: list[dict[str, Any]]) -> list[str]:
+    """Options that name twenty prompts, and pairs of both axes on them."""
+    asked = [f"{question} {word}" for question in QUESTIONS for word in ("Today?", "Here?", "Why?", "Now?")]
+    rows = [
+        {**pairs[index % len(pairs)], "prompt": [{"role": "user", "content": text}]} for index, text in enumerate(asked)
+    ]
+    for name, shift in {"help": 0, "verb": 5}.items():
+        moved = [{**row, "chosen": rows[(i + shift) % len(rows)]["chosen"]} for i, row in enumerate(rows)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in moved))
+    (tmp_path / "prompts.txt").write_text("\n".join(asked))
+    files = [f"{name}={tmp_path / name}.jsonl" for name in ("help", "verb")]
+    return ["--prompts", str(tmp_path / "prompts.txt"), "--pairs", *files]
+
+
+@pytest.mark.slow
+def test_every_section_of_axes(saved: Path, tmp_path: Path, data: list[str]) -> None:
+    """All sections on a tiny model, then some again, stored: the same numbers, one field of a config changed."""
+    shutil.copytree(saved / "axes", tmp_path / "axes")
+    two_stages().save(tmp_path / "stages.json")
+    given = [str(tmp_path / "axes"), *data, "--weights", "-1", "1"]
+    configs = {axis: tmp_path / "axes" / axis / "adapter_config.json" for axis in ("help", "verb")}
+    before = {path: path.read_bytes() for path in (tmp_path / "axes").rglob("*") if path.is_file()}
+    whole = ["--sequential", str(tmp_path / "stages.json"), "--report", str(tmp_path / "first")]
+    assert main(["diagnose", *given, *whole]) == 0
+    assert {path: path.read_bytes() for path in (tmp_path / "axes").rglob("*") if path.is_file()} == before
+    again = ["--sections", "linearity,interference", "--store", "--report", str(tmp_path / "second")]
+    assert main(["diagnose", *given, *again]) == 0
+
+    first, second = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("first", "second"))
+    made = {section["key"]: [part["result"] for part in section["parts"]] for section in first["sections"]}
+    assert list(made) == list(SECTIONS) and all(all(results) for results in made.values())
+    assert not first["not_done"] and not second["not_done"]
+    for section in second["sections"]:
+        assert [part["result"] for part in section["parts"]] == made[section["key"]]
+    figures = [file for file in second["files"] if file.startswith("figures")]
+    assert len(figures) >= 6
+    for name in figures:
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
+    assert (tmp_path / "first" / "attached" / "steering-verb-at-1" / "steering_prompt.safetensors").is_file()
+
+    ranges = {result["axis"]: result for result in made["linearity"][1:]}
+    for axis, path in configs.items():
+        old, new = json.loads(before[path]), json.loads(path.read_text())
+        stored = new.pop("safe_range")
+        assert {**new, "safe_range": None} == {"safe_range": None, **old}
+        assert (stored["low"], stored["high"]) == (ranges[axis]["low"], ranges[axis]["high"])
+        assert stored["norm"] == ranges[axis]["norm"] > 0
+    assert {path for path in before if path.read_bytes() != before[path]} == set(configs.values())
+    with pytest.warns(UserWarning, match="outside its measured range"):
+        load_subject(find_subject([str(tmp_path / "axes")], None))
+
+
+def test_every_section_of_a_checkpoint_without_pairs(saved: Path, tmp_path: Path) -> None:
+    asked = ["--prompts", *(f"{question} {word}" for question in QUESTIONS for word in ("Today?", "Here?"))]
+    given = [str(saved / "tuned"), "--base", str(saved / "base"), *asked]
+    assert main(["diagnose", *given, "--report", str(tmp_path / "out")]) == 0
+    record = json.loads((tmp_path / "out" / "report.json").read_text())
+    made = {section["key"]: [part["name"] for part in section["parts"]] for section in record["sections"]}
+    assert {key: names for key, names in made.items() if names} == {"steering": ["tuned"], "spinal": ["tuned"]}
+
+
+def test_too_few_prompts_are_said(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = [str(saved / "axes"), "--prompts", "Why is it so?", "--sections", "interference,steering,geometry"]
+    assert main(["diagnose", *given, "--report", str(tmp_path / "out")]) == 3
+    assert "[not done] Steering vectors (D-STEER), help at λ = 1" in capsys.readouterr().out
+    record = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert next(s for s in record["sections"] if s["key"] == "geometry")["parts"][0]["result"]
