@@ -234,7 +234,7 @@ def test_merging(tmp_path: Path) -> None:
     model.unmerge_adapter()
     for key, value in model.state_dict().items():
         assert_equal(value, before[key])
-    model.export_merged(tmp_path)
+    model.export_merged(tmp_path, calibration=False)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert_equal(logits(loaded, **INPUTS), expected)
     merged = model.merge_and_unload()
@@ -299,7 +299,7 @@ def test_lora_of_low_rank_axes_is_exact(family: str, names: list[str], tmp_path:
     model.combine_axes(WEIGHTS)
     with model.linearized(False):
         expected = logits(model, **INPUTS)
-    export = model.export_lora(tmp_path)
+    export = model.export_lora(tmp_path, calibration=False)
     assert (export.rank, export.relative_error) == (8, 0.0)
     loaded = PeftModel.from_pretrained(build_moe(family), tmp_path).eval()
     assert_equal(logits(loaded, **INPUTS)[REAL], expected[REAL], 2e-5)
@@ -310,7 +310,7 @@ def test_lora_of_low_rank_axes_is_exact(family: str, names: list[str], tmp_path:
 def test_lora_of_another_rank_reports_its_error(form: str, rank: int, tmp_path: Path) -> None:
     model = model_of("olmoe", form)
     exact = deltas(model)
-    export = model.export_lora(tmp_path, rank=rank)
+    export = model.export_lora(tmp_path, rank=rank, calibration=False)
     loaded = PeftModel.from_pretrained(build_moe("olmoe"), tmp_path)
     merged = loaded.merge_and_unload().state_dict()
     base = build_moe("olmoe").state_dict()
