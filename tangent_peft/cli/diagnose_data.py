@@ -16,6 +16,7 @@ from tangent_peft.evaluate.scorers import Prompt
 
 
 PACKAGED = "held-out ones of the quickstart, packaged"
+EVERYDAY = "everyday questions, packaged; give --prompts to measure on your own"
 
 
 @dataclass(frozen=True)
@@ -39,44 +40,38 @@ class Data:
 
 
 def read_data(subject: Subject, prompts: Sequence[str], pairs: Sequence[str], limit: int) -> Data:
-    """Prompts and pairs from options; where they are left out, the packaged ones if the base is the quickstart's.
+    """Prompts and pairs from options, or packaged ones.
 
     Args:
         subject: what is diagnosed.
-        prompts: texts and files, as `tangent-peft sweep` takes them. Left out: the packaged ones, else those of the
-            pairs.
-        pairs: NAME=FILE; a name is that of an axis. Left out: the packaged ones, of the axes `help` and `verb`.
+        prompts: texts and files, as `tangent-peft sweep` takes them. Left out: those of the pairs, else the
+            questions of the packaged held-out pairs.
+        pairs: NAME=FILE; a name is that of an axis. Left out: the packaged held-out ones for axes called `help` and
+            `verb` on the quickstart's base, else none.
         limit: of the prompts, and of the pairs of each name; the first ones are taken.
 
     Raises:
         FileNotFoundError: for a file that is not there.
-        ValueError: for a file of another form, pairs of an axis that is not given, or no prompts at all.
+        ValueError: for a file of another form, or pairs of an axis that is not given.
     """
-    packaged = is_smollm2(subject.base)
     sources = {"prompts": ", ".join(prompts), "pairs": ", ".join(pairs)}
     given: dict[str, list[Pair]] = read_pairs(pairs)
     unknown = sorted(set(given) - set(subject.axes))
     if subject.axes and unknown:
         raise ValueError(f"--pairs names {unknown}; the axes given are {list(subject.axes)}.")
-    if not given and packaged:
-        given = {axis: list(quickstart_pairs(axis, "heldout")) for axis in get_args(Axis) if _fits(axis, subject)}
-        sources["pairs"] = PACKAGED if given else ""
     asked = read_prompts(prompts)
-    if not asked and packaged:
-        held = [pair for axis in get_args(Axis) for pair in quickstart_pairs(axis, "heldout")]
-        asked, sources["prompts"] = _prompts_of(held), PACKAGED
-    if not asked:
+    if not asked and given:
         asked, sources["prompts"] = (
             _prompts_of([pair for rows in given.values() for pair in rows]),
             "those of the pairs",
         )
     if not asked:
-        raise ValueError("There is nothing to measure on. Give --prompts FILE, with some fifty user messages or more.")
+        held = [pair for axis in get_args(Axis) for pair in quickstart_pairs(axis, "heldout")]
+        asked, sources["prompts"] = _prompts_of(held), PACKAGED if is_smollm2(subject.base) else EVERYDAY
+    if not given and is_smollm2(subject.base):
+        given = {axis: list(quickstart_pairs(axis, "heldout")) for axis in get_args(Axis) if axis in subject.axes}
+        sources["pairs"] = PACKAGED
     return Data(asked[:limit], {name: rows[:limit] for name, rows in given.items()}, sources)
-
-
-def _fits(axis: str, subject: Subject) -> bool:
-    return not subject.axes or axis in subject.axes
 
 
 def _prompts_of(pairs: Sequence[Pair]) -> list[Prompt]:

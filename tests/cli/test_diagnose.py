@@ -247,6 +247,8 @@ def test_packaged_data_for_the_base_of_the_quickstart(saved: Path) -> None:
     assert not train & set(asked)
     other = replace(subject, axes={"polite": saved})
     assert not read_data(other, [], [], 256).pairs
+    elsewhere = read_data(replace(subject, base="other/base"), [], [], 5)
+    assert len(elsewhere.prompts) == 5 and not elsewhere.pairs and "everyday" in elsewhere.sources["prompts"]
 
 
 # ---- what is refused, before anything is loaded ----------------------------------------------------------------------
@@ -294,12 +296,6 @@ def test_what_is_refused(
     assert run(saved, tmp_path / "out", *words, paths=paths) == 1
     told = capsys.readouterr().err
     assert message in told and told.count("\n") == 1 and not (tmp_path / "out").exists()
-
-
-@pytest.mark.usefixtures("stubbed")
-def test_no_prompts_at_all(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["diagnose", str(saved / "axes"), "--report", str(tmp_path / "out")]) == 1
-    assert "Give --prompts FILE" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("stubbed")
