@@ -10,7 +10,7 @@ from conftest import VOCABULARY, enlarge, make_llama
 from torch import Tensor
 
 from tangent_peft.diagnose.prompts import TokenBatch
-from tangent_peft.diagnose.steering_vector import SteeringVectors
+from tangent_peft.diagnose.steering.vectors import SteeringVectors
 
 
 D, L = 32, 3

@@ -29,9 +29,9 @@ from tangent_peft.cli.diagnose_store import check_storable, store_ranges
 from tangent_peft.cli.diagnose_subject import Loaded, Subject, find_subject, load_subject
 from tangent_peft.cli.memory import peak_memory_gb
 from tangent_peft.cli.saved_axes import is_smollm2
-from tangent_peft.diagnose.forgetting import Forgetting
 from tangent_peft.diagnose.report import RECORD, Circumstances, Part, Report, Section, write_report
-from tangent_peft.diagnose.steering_section import SteeringDiagnosis
+from tangent_peft.diagnose.stages.forgetting import Forgetting
+from tangent_peft.diagnose.steering.section import SteeringDiagnosis
 from tangent_peft.evaluate.plots.drawing import color_map
 from tangent_peft.tuner.export.atomic import check_place
 

@@ -15,20 +15,20 @@ from typing import Any, Literal, TypeAlias
 from tangent_peft.cli.diagnose_data import Data
 from tangent_peft.cli.diagnose_subject import Loaded, Subject
 from tangent_peft.diagnose.activations import decoder_blocks
-from tangent_peft.diagnose.additivity import additivity
-from tangent_peft.diagnose.forgetting import Forgetting
-from tangent_peft.diagnose.geometry import axis_geometry
-from tangent_peft.diagnose.interference import InterferenceSettings, axis_interference
-from tangent_peft.diagnose.linearity import WEIGHTS, linearity_profile
+from tangent_peft.diagnose.geometry.axes import axis_geometry
+from tangent_peft.diagnose.interference.measure import InterferenceSettings, axis_interference
+from tangent_peft.diagnose.linearity.additivity import additivity
+from tangent_peft.diagnose.linearity.profile import WEIGHTS, linearity_profile
+from tangent_peft.diagnose.linearity.safe_range import safe_range
 from tangent_peft.diagnose.prompts import TokenBatch, answer_batches, prompt_batches
 from tangent_peft.diagnose.result import Diagnosis
-from tangent_peft.diagnose.safe_range import safe_range
-from tangent_peft.diagnose.spinal_options import SpinalOptions
-from tangent_peft.diagnose.spinal_score import spinal_score
+from tangent_peft.diagnose.spinal.options import SpinalOptions
+from tangent_peft.diagnose.spinal.score import spinal_score
+from tangent_peft.diagnose.stages.forgetting import Forgetting
 from tangent_peft.diagnose.states import ModelState
-from tangent_peft.diagnose.steering import ShiftOptions, steering_vectors
-from tangent_peft.diagnose.steering_section import POSITIONS, SteeringOptions, diagnose_steering
-from tangent_peft.diagnose.steering_trial import EffectOptions
+from tangent_peft.diagnose.steering.measure import ShiftOptions, steering_vectors
+from tangent_peft.diagnose.steering.section import POSITIONS, SteeringOptions, diagnose_steering
+from tangent_peft.diagnose.steering.trial import EffectOptions
 from tangent_peft.evaluate.pairs import Pair
 
 

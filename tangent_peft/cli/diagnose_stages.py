@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tangent_peft.compare.sequential_result import FORMAT, SequentialResult
-from tangent_peft.diagnose.forgetting import Conflict, Forgetting
-from tangent_peft.diagnose.transfer import Change, Quartile, Standing
+from tangent_peft.diagnose.stages.forgetting import Conflict, Forgetting
+from tangent_peft.diagnose.stages.transfer import Change, Quartile, Standing
 from tangent_peft.tuner.movement import Movement
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from tangent_peft.cli.diagnose_subject import Subject
 from tangent_peft.cli.saved_axes import CONFIG, axis_config
+from tangent_peft.diagnose.linearity.safe_range import SafeRange
 from tangent_peft.diagnose.report import Section
-from tangent_peft.diagnose.safe_range import SafeRange
 from tangent_peft.tuner.files import write_text
 
 

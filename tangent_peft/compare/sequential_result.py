@@ -15,9 +15,9 @@ from tangent_peft.compare.scores import Array, pair_scores
 from tangent_peft.compare.scoring import HeldOut
 from tangent_peft.compare.sequential_settings import EVALUATED, SequentialSettings
 from tangent_peft.compare.sources import Scored
-from tangent_peft.diagnose.forgetting import Conflict, Forgetting, forgetting
 from tangent_peft.diagnose.result import plain
-from tangent_peft.diagnose.transfer import ObjectiveScores
+from tangent_peft.diagnose.stages.forgetting import Conflict, Forgetting, forgetting
+from tangent_peft.diagnose.stages.transfer import ObjectiveScores
 from tangent_peft.train.sequential import StageRecord
 from tangent_peft.tuner.files import write_text
 

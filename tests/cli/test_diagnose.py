@@ -21,9 +21,9 @@ from tangent_peft.cli.diagnose_sections import SECTIONS, Kind
 from tangent_peft.cli.diagnose_stages import read_stages
 from tangent_peft.cli.diagnose_subject import find_subject, load_subject
 from tangent_peft.cli.main import main
-from tangent_peft.diagnose.forgetting import Conflict, Forgetting, forgetting
 from tangent_peft.diagnose.result import Diagnosis, Table, Verdict
-from tangent_peft.diagnose.transfer import ObjectiveScores
+from tangent_peft.diagnose.stages.forgetting import Conflict, Forgetting, forgetting
+from tangent_peft.diagnose.stages.transfer import ObjectiveScores
 from tangent_peft.evaluate.plots.drawing import drawing
 
 

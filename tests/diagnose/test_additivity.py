@@ -15,7 +15,8 @@ from linear_toys import ids, toy
 from scipy.spatial.distance import jensenshannon
 from strong_axes import two_axes
 
-from tangent_peft.diagnose import additivity, mix_logits
+from tangent_peft.diagnose import additivity
+from tangent_peft.diagnose.linearity import mix_logits
 from tangent_peft.diagnose.prompts import TokenBatch
 
 

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from strong_axes import two_axes
 from torch.func import functional_call, grad
 
-from tangent_peft.diagnose.block_gradients import block_gradients, reference_logps
+from tangent_peft.diagnose.spinal.block_gradients import block_gradients, reference_logps
 from tangent_peft.diagnose.states import ModelState
 from tangent_peft.evaluate.pairs import pair_batch
 

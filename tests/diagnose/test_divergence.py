@@ -10,8 +10,8 @@ import torch
 from scipy.spatial.distance import jensenshannon
 from scipy.special import log_softmax, rel_entr
 
-from tangent_peft.diagnose import divergence
-from tangent_peft.diagnose.divergence import jensen_shannon, kl
+from tangent_peft.diagnose.linearity import divergence
+from tangent_peft.diagnose.linearity.divergence import jensen_shannon, kl
 
 
 def logits(

@@ -14,8 +14,8 @@ from conftest import build
 from scipy import stats
 from torch import Tensor
 
-from tangent_peft.diagnose.forgetting import Conflict, Forgetting, forgetting
-from tangent_peft.diagnose.transfer import ObjectiveScores, differs, student_within
+from tangent_peft.diagnose.stages.forgetting import Conflict, Forgetting, forgetting
+from tangent_peft.diagnose.stages.transfer import ObjectiveScores, differs, student_within
 from tangent_peft.evaluate.pairs import pair_batch
 from tangent_peft.evaluate.preferences import pair_logps
 from tangent_peft.tuner.movement import Movement

@@ -16,9 +16,9 @@ from conftest import build
 from moe import build_moe
 from peft import PeftModel, get_peft_model
 
-from tangent_peft.diagnose.geometry import axis_geometry
-from tangent_peft.diagnose.places import place_of
-from tangent_peft.diagnose.subspaces import Angles, Ranks, energy_rank, leading, principal_angles
+from tangent_peft.diagnose.geometry.axes import axis_geometry
+from tangent_peft.diagnose.geometry.places import place_of
+from tangent_peft.diagnose.geometry.subspaces import Angles, Ranks, energy_rank, leading, principal_angles
 from tangent_peft.tuner.weights import TangentFactors
 
 
@@ -66,7 +66,7 @@ def with_spectrum(sigma: list[float], out: int, size: int, seed: int = 0) -> tor
 def test_values_and_directions_are_those_of_the_svd(
     shape: tuple[int, int], form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tangent_peft.diagnose.subspaces.DOUBLE_ENTRIES", 20)  # read in pieces
+    monkeypatch.setattr("tangent_peft.diagnose.geometry.subspaces.DOUBLE_ENTRIES", 20)  # read in pieces
     r = {"low rank": 2, "rank above a side": 6}.get(form)
     whole = normal(0, *shape)
     factors = TangentFactors(dense=whole)

@@ -15,11 +15,11 @@ from conftest import QUESTIONS, build
 from peft import PeftModel, get_peft_model
 from tolerances import assert_equal
 
-from tangent_peft.diagnose.controls import scrambled
-from tangent_peft.diagnose.geometry import axis_geometry
-from tangent_peft.diagnose.interference import _batches, _shifts, axis_interference
-from tangent_peft.diagnose.interference_result import InterferenceSettings
-from tangent_peft.diagnose.overlap import shift_overlap
+from tangent_peft.diagnose.geometry.axes import axis_geometry
+from tangent_peft.diagnose.interference.controls import scrambled
+from tangent_peft.diagnose.interference.measure import _batches, _shifts, axis_interference
+from tangent_peft.diagnose.interference.overlap import shift_overlap
+from tangent_peft.diagnose.interference.result import InterferenceSettings
 from tangent_peft.diagnose.states import ModelState
 
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transformers import AutoModel, Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from tangent_peft.diagnose import lens as lens_module
 from tangent_peft.diagnose.activations import layer_states, layer_tangents
-from tangent_peft.diagnose.lens import Lens, fisher_rao
+from tangent_peft.diagnose.spinal import lens as lens_module
+from tangent_peft.diagnose.spinal.lens import Lens, fisher_rao
 from tangent_peft.diagnose.states import ModelState
 from tangent_peft.forward.head import Head
 

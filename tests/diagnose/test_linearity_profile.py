@@ -16,7 +16,8 @@ from peft import PeftModel
 from strong_axes import two_axes
 from torch import Tensor
 
-from tangent_peft.diagnose import linearity_gap, linearity_profile, mix_logits
+from tangent_peft.diagnose import linearity_gap, linearity_profile
+from tangent_peft.diagnose.linearity import mix_logits
 from tangent_peft.diagnose.prompts import TokenBatch
 
 

@@ -11,8 +11,8 @@ import pytest
 import scipy.linalg
 import torch
 
-from tangent_peft.diagnose.canonical import linear_cka, principal
-from tangent_peft.diagnose.overlap import shift_overlap
+from tangent_peft.diagnose.interference.canonical import linear_cka, principal
+from tangent_peft.diagnose.interference.overlap import shift_overlap
 from tangent_peft.diagnose.spool import Spool
 
 
@@ -227,7 +227,7 @@ def test_cosines_prompt_by_prompt() -> None:
 def test_principal_directions_are_those_of_the_svd_in_any_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     a = normal(0, 50, 7)
     expected = np.linalg.svd(a - a.mean(0), compute_uv=False)
-    monkeypatch.setattr("tangent_peft.diagnose.canonical.CHUNK_ENTRIES", 30)
+    monkeypatch.setattr("tangent_peft.diagnose.interference.canonical.CHUNK_ENTRIES", 30)
     found = principal(a)
     assert found.values == pytest.approx(expected) and found.count == 50
     assert found.directions @ found.directions.T == pytest.approx(np.eye(7), abs=1e-12)
@@ -239,7 +239,7 @@ def test_principal_directions_are_those_of_the_svd_in_any_chunks(monkeypatch: py
 
 
 def test_rows_in_a_file_cost_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tangent_peft.diagnose.canonical.CHUNK_ENTRIES", 2**12)
+    monkeypatch.setattr("tangent_peft.diagnose.interference.canonical.CHUNK_ENTRIES", 2**12)
     d, count = 64, 10_000
     with Spool((d,)) as one, Spool((d,)) as other:
         generator = torch.Generator().manual_seed(0)

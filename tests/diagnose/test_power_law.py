@@ -10,7 +10,7 @@ import torch
 from scipy import stats
 
 from tangent_peft.diagnose.moments import Moments
-from tangent_peft.diagnose.power_law import FitRule, fit_power_law, noise_exponent
+from tangent_peft.diagnose.spinal.power_law import FitRule, fit_power_law, noise_exponent
 
 
 def planted(sigma: np.ndarray, rows: int, columns: int) -> torch.Tensor:

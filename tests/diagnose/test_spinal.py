@@ -14,11 +14,11 @@ import torch
 from conftest import build, enlarge, make_llama
 from strong_axes import two_axes
 
-from tangent_peft.diagnose.block_gradients import BlockGradients
-from tangent_peft.diagnose.power_law import FitRule, PowerLaw, fit_power_law
-from tangent_peft.diagnose.spinal import SpinalSettings, SpinalTrace, spinal_trace
-from tangent_peft.diagnose.spinal_options import SpinalOptions, Texts, terminal_block
-from tangent_peft.diagnose.spinal_score import alignment, coherence, spinal_score
+from tangent_peft.diagnose.spinal.block_gradients import BlockGradients
+from tangent_peft.diagnose.spinal.options import SpinalOptions, Texts, terminal_block
+from tangent_peft.diagnose.spinal.power_law import FitRule, PowerLaw, fit_power_law
+from tangent_peft.diagnose.spinal.score import alignment, coherence, spinal_score
+from tangent_peft.diagnose.spinal.trace import SpinalSettings, SpinalTrace, spinal_trace
 from tangent_peft.diagnose.states import ModelState
 from tangent_peft.evaluate.pairs import pair_batch
 

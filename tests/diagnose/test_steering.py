@@ -21,8 +21,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tangent_peft import TangentConfig
 from tangent_peft.diagnose import ModelState
 from tangent_peft.diagnose.prompts import TokenBatch, answer_batches
-from tangent_peft.diagnose.steering import ShiftOptions, shift_rows, steering_vectors
-from tangent_peft.diagnose.steering_shift import Cosines
+from tangent_peft.diagnose.steering.measure import ShiftOptions, shift_rows, steering_vectors
+from tangent_peft.diagnose.steering.shift import Cosines
 
 
 def measured(base: Any, tuned: Any, rows: int = 12, **options: Any) -> Any:

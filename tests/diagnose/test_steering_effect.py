@@ -15,10 +15,10 @@ from steering_models import D, L, biased_llama, direction, vectors_of, with_bias
 from strong_axes import two_axes
 
 from tangent_peft.diagnose import ModelState
-from tangent_peft.diagnose.steering_greedy import GreedyAnswers
-from tangent_peft.diagnose.steering_resume import Resumable
-from tangent_peft.diagnose.steering_sweep import MODES, SteeringPoint
-from tangent_peft.diagnose.steering_trial import EffectOptions, steering_effect
+from tangent_peft.diagnose.steering.greedy import GreedyAnswers
+from tangent_peft.diagnose.steering.resume import Resumable
+from tangent_peft.diagnose.steering.sweep import MODES, SteeringPoint
+from tangent_peft.diagnose.steering.trial import EffectOptions, steering_effect
 from tangent_peft.evaluate.generation import Answer
 from tangent_peft.evaluate.pairs import pair_batch
 

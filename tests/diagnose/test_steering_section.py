@@ -13,10 +13,10 @@ from steering_models import D, L, biased_llama, direction, with_bias
 from strong_axes import two_axes
 
 from tangent_peft.diagnose import ModelState
-from tangent_peft.diagnose import steering_section as section
-from tangent_peft.diagnose.steering_section import SteeringOptions, diagnose_steering
-from tangent_peft.diagnose.steering_trial import EffectOptions
-from tangent_peft.diagnose.steering_vector import SteeringVectors
+from tangent_peft.diagnose.steering import section
+from tangent_peft.diagnose.steering.section import SteeringOptions, diagnose_steering
+from tangent_peft.diagnose.steering.trial import EffectOptions
+from tangent_peft.diagnose.steering.vectors import SteeringVectors
 
 
 QUICK = EffectOptions(strengths=(1.0,), control_seeds=2, answer_tokens=4)

@@ -16,7 +16,7 @@ from torch.func import functional_call, jvp
 from transformers import DynamicCache
 
 from tangent_peft import TangentConfig
-from tangent_peft.diagnose.steering_vector import SteeringVectors
+from tangent_peft.diagnose.steering.vectors import SteeringVectors
 
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*generation flags.*")

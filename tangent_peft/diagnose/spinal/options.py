@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from tangent_peft.diagnose.block_gradients import MEMORY, reference_logps
-from tangent_peft.diagnose.power_law import FitRule
 from tangent_peft.diagnose.prompts import TokenBatch, answer_batches, prompt_batches
+from tangent_peft.diagnose.spinal.block_gradients import MEMORY, reference_logps
+from tangent_peft.diagnose.spinal.power_law import FitRule
 from tangent_peft.diagnose.states import ModelState
 from tangent_peft.evaluate.pairs import Pair
 from tangent_peft.evaluate.scorers import Prompt

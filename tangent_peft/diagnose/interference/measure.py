@@ -22,14 +22,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tangent_peft.diagnose.activations import check_layer, decoder_blocks, layer_states, layer_tangents, row_means
-from tangent_peft.diagnose.controls import scrambled
-from tangent_peft.diagnose.interference_result import (
+from tangent_peft.diagnose.interference.controls import scrambled
+from tangent_peft.diagnose.interference.overlap import Overlap, check_overlap_settings, shift_overlap
+from tangent_peft.diagnose.interference.result import (
     AxisOverlap,
     ControlOverlap,
     Interference,
     InterferenceSettings,
 )
-from tangent_peft.diagnose.overlap import Overlap, check_overlap_settings, shift_overlap
 from tangent_peft.diagnose.prompts import TokenBatch, answer_batches, prompt_batches
 from tangent_peft.diagnose.spool import Spool
 from tangent_peft.diagnose.states import ModelState

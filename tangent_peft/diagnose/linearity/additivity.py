@@ -27,8 +27,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from tangent_peft.diagnose.divergence import jensen_shannon
-from tangent_peft.diagnose.mix_logits import Batch, MixLogits, Part
+from tangent_peft.diagnose.linearity.divergence import jensen_shannon
+from tangent_peft.diagnose.linearity.mix_logits import Batch, MixLogits, Part
 from tangent_peft.diagnose.result import Cell, Diagnosis, Table, Verdict
 from tangent_peft.tuner.linearity import GAP_LIMIT
 
@@ -137,7 +137,7 @@ class Additivity(Diagnosis):
 
     def plot(self, folder: str | Path) -> list[Path]:
         """Draws both ratios of each pair as heat maps into `additivity-FIRST-SECOND.png` and `.svg`."""
-        from tangent_peft.diagnose.linearity_plots import plot_additivity
+        from tangent_peft.diagnose.linearity.plots import plot_additivity
 
         return plot_additivity(self, Path(folder))
 

@@ -28,9 +28,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tangent_peft.diagnose.result import Diagnosis, Table, Verdict
-from tangent_peft.diagnose.spinal import SpinalTrace, Watch
-from tangent_peft.diagnose.spinal_options import SpinalOptions, Texts
-from tangent_peft.diagnose.spinal_plot import plot_traces
+from tangent_peft.diagnose.spinal.options import SpinalOptions, Texts
+from tangent_peft.diagnose.spinal.plots import plot_traces
+from tangent_peft.diagnose.spinal.trace import SpinalTrace, Watch
 from tangent_peft.diagnose.states import ModelState, check_comparable
 from tangent_peft.evaluate.pairs import Pair
 from tangent_peft.evaluate.scorers import Prompt

@@ -12,9 +12,9 @@ from tangent_peft.evaluate.plots.drawing import INK, PALE, color_map, drawing, l
 
 
 if TYPE_CHECKING:
-    from tangent_peft.diagnose.additivity import Additivity, PairAdditivity
-    from tangent_peft.diagnose.linearity import LinearityProfile
-    from tangent_peft.diagnose.safe_range import SafeRange
+    from tangent_peft.diagnose.linearity.additivity import Additivity, PairAdditivity
+    from tangent_peft.diagnose.linearity.profile import LinearityProfile
+    from tangent_peft.diagnose.linearity.safe_range import SafeRange
 
 
 def file_name(axis: str) -> str:

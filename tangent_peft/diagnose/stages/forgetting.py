@@ -19,10 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from tangent_peft.diagnose.forgetting_pictures import draw_quartiles, draw_transfer
-from tangent_peft.diagnose.forgetting_verdicts import verdicts_on
 from tangent_peft.diagnose.result import Cell, Diagnosis, Table, Verdict
-from tangent_peft.diagnose.transfer import (
+from tangent_peft.diagnose.stages.pictures import draw_quartiles, draw_transfer
+from tangent_peft.diagnose.stages.transfer import (
     MIN_PAIRS,
     Change,
     Followed,
@@ -31,6 +30,7 @@ from tangent_peft.diagnose.transfer import (
     Standing,
     check_scores,
 )
+from tangent_peft.diagnose.stages.verdicts import verdicts_on
 from tangent_peft.tuner.movement import Movement
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tangent_peft.diagnose.overlap import Overlap
+from tangent_peft.diagnose.interference.overlap import Overlap
 from tangent_peft.evaluate.plots.drawing import DASHES, INK, MARKERS, PALE, color_map, drawing, pictures
 
 

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from tangent_peft.diagnose.activations import check_layer, decoder_blocks
 from tangent_peft.diagnose.states import ModelState
-from tangent_peft.diagnose.steering_hooks import Positions, steered
+from tangent_peft.diagnose.steering.hooks import Positions, steered
 from tangent_peft.tuner.files import write_whole
 
 

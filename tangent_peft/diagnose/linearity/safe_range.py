@@ -20,8 +20,8 @@ from typing import ClassVar, Literal, TypeAlias
 
 from torch import nn
 
-from tangent_peft.diagnose.linearity import as_gap, check_limit, measure_sums, positions
-from tangent_peft.diagnose.mix_logits import Batch, MixLogits
+from tangent_peft.diagnose.linearity.mix_logits import Batch, MixLogits
+from tangent_peft.diagnose.linearity.profile import as_gap, check_limit, measure_sums, positions
 from tangent_peft.diagnose.result import Cell, Diagnosis, Table, Verdict
 from tangent_peft.tuner import axis_norm, tangent_tuner
 from tangent_peft.tuner.axes import check_known
@@ -130,7 +130,7 @@ class SafeRange(Diagnosis):
 
     def plot(self, folder: str | Path) -> list[Path]:
         """Draws the gaps measured, the limit and the range into `safe-range-AXIS.png` and `.svg`."""
-        from tangent_peft.diagnose.linearity_plots import file_name, plot_range
+        from tangent_peft.diagnose.linearity.plots import file_name, plot_range
 
         return [plot_range(self, Path(folder) / f"safe-range-{file_name(self.axis)}.png")]
 
@@ -153,7 +153,7 @@ def safe_range(
         limit: of the gap.
         reach: how far |λ| is followed.
         tolerance: how exactly a bound is to be known, in λ.
-        measure: the gap of the logits, or that of the log-probs; both are defined in `tangent_peft.diagnose.linearity`.
+        measure: the gap of the logits, or that of the log-probs; both are defined in `linearity_profile`.
 
     Returns:
         The range; a bound that was not met within `reach` says "at least".

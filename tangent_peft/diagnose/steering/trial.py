@@ -20,12 +20,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from tangent_peft.diagnose.activations import check_layer
 from tangent_peft.diagnose.prompts import check_answers
 from tangent_peft.diagnose.states import ModelState, check_comparable
-from tangent_peft.diagnose.steering_greedy import GREEDY_METRICS, GreedyAnswers
-from tangent_peft.diagnose.steering_hooks import steered
-from tangent_peft.diagnose.steering_resume import Resumable
-from tangent_peft.diagnose.steering_sweep import MODES, Mode, SteeringEffect, SteeringPoint
-from tangent_peft.diagnose.steering_tokens import METRICS, Comparison, Reference, shortened
-from tangent_peft.diagnose.steering_vector import SteeringVectors
+from tangent_peft.diagnose.steering.greedy import GREEDY_METRICS, GreedyAnswers
+from tangent_peft.diagnose.steering.hooks import steered
+from tangent_peft.diagnose.steering.resume import Resumable
+from tangent_peft.diagnose.steering.sweep import MODES, Mode, SteeringEffect, SteeringPoint
+from tangent_peft.diagnose.steering.tokens import METRICS, Comparison, Reference, shortened
+from tangent_peft.diagnose.steering.vectors import SteeringVectors
 from tangent_peft.evaluate.pairs import Pair
 from tangent_peft.evaluate.preferences import AnswerTokens, check_pairs
 from tangent_peft.evaluate.scorers import Prompt

@@ -25,8 +25,8 @@ from tangent_peft.diagnose.moments import Moments
 from tangent_peft.diagnose.prompts import TokenBatch
 from tangent_peft.diagnose.spool import Spool
 from tangent_peft.diagnose.states import ModelState, check_comparable
-from tangent_peft.diagnose.steering_shift import BIN_EDGES, Cosines, LayerShift, Recovery, ShiftSpectrum, SteeringShift
-from tangent_peft.diagnose.steering_vector import SteeringVectors
+from tangent_peft.diagnose.steering.shift import BIN_EDGES, Cosines, LayerShift, Recovery, ShiftSpectrum, SteeringShift
+from tangent_peft.diagnose.steering.vectors import SteeringVectors
 
 
 @dataclass(frozen=True)

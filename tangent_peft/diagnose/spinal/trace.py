@@ -24,14 +24,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from tangent_peft.diagnose.activations import decoder_blocks, layer_tangents
-from tangent_peft.diagnose.block_gradients import BlockGradients, block_gradients
-from tangent_peft.diagnose.lens import Lens
 from tangent_peft.diagnose.moments import Moments
-from tangent_peft.diagnose.power_law import PowerLaw, fit_power_law, noise_exponent
 from tangent_peft.diagnose.prompts import TokenBatch
 from tangent_peft.diagnose.result import Cell, Diagnosis, Finding, Table, Verdict
-from tangent_peft.diagnose.spinal_options import SpinalOptions, Texts, terminal_block
-from tangent_peft.diagnose.spinal_plot import Curve, plot_traces
+from tangent_peft.diagnose.spinal.block_gradients import BlockGradients, block_gradients
+from tangent_peft.diagnose.spinal.lens import Lens
+from tangent_peft.diagnose.spinal.options import SpinalOptions, Texts, terminal_block
+from tangent_peft.diagnose.spinal.plots import Curve, plot_traces
+from tangent_peft.diagnose.spinal.power_law import PowerLaw, fit_power_law, noise_exponent
 from tangent_peft.diagnose.states import ModelState
 from tangent_peft.evaluate.pairs import Pair
 from tangent_peft.evaluate.scorers import Prompt

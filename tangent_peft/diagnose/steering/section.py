@@ -18,11 +18,11 @@ from transformers import PreTrainedTokenizerBase
 from tangent_peft.diagnose.prompts import answer_batches, prompt_batches
 from tangent_peft.diagnose.result import Diagnosis, Table, Verdict
 from tangent_peft.diagnose.states import ModelState, check_comparable
-from tangent_peft.diagnose.steering import ShiftOptions, steering_vectors
-from tangent_peft.diagnose.steering_shift import SteeringShift
-from tangent_peft.diagnose.steering_sweep import SteeringEffect
-from tangent_peft.diagnose.steering_trial import EffectOptions, steering_effect
-from tangent_peft.diagnose.steering_vector import SteeringVectors
+from tangent_peft.diagnose.steering.measure import ShiftOptions, steering_vectors
+from tangent_peft.diagnose.steering.shift import SteeringShift
+from tangent_peft.diagnose.steering.sweep import SteeringEffect
+from tangent_peft.diagnose.steering.trial import EffectOptions, steering_effect
+from tangent_peft.diagnose.steering.vectors import SteeringVectors
 from tangent_peft.evaluate.chats import messages
 from tangent_peft.evaluate.pairs import Pair
 from tangent_peft.evaluate.scorers import Prompt

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tangent_peft.diagnose.canonical import (
+from tangent_peft.diagnose.interference.canonical import (
     LEAST_ROWS,
     ROWS_PER_DIRECTION,
     Array,

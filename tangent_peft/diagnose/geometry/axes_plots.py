@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from tangent_peft.diagnose.interference_plots import MOST_PANELS
-from tangent_peft.diagnose.places import Cells
+from tangent_peft.diagnose.geometry.places import Cells
+from tangent_peft.diagnose.interference.plots import MOST_PANELS
 from tangent_peft.evaluate.plots.drawing import COLORS, DASHES, PALE, color_map, drawing, pictures
 
 

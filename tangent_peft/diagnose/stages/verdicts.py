@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from tangent_peft.diagnose.result import Verdict
-from tangent_peft.diagnose.transfer import differs
+from tangent_peft.diagnose.stages.transfer import differs
 
 
 if TYPE_CHECKING:
-    from tangent_peft.diagnose.forgetting import Change, Forgetting, Quartile
+    from tangent_peft.diagnose.stages.forgetting import Change, Forgetting, Quartile
 
 
 ORTHOGONAL = 0.1  # |mean cosine| below which gradients are called near-orthogonal

@@ -25,8 +25,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from tangent_peft.diagnose.divergence import kl, token_slices
-from tangent_peft.diagnose.mix_logits import Batch, MixLogits
+from tangent_peft.diagnose.linearity.divergence import kl, token_slices
+from tangent_peft.diagnose.linearity.mix_logits import Batch, MixLogits
 from tangent_peft.diagnose.result import Cell, Diagnosis, Table, Verdict
 from tangent_peft.tuner.linearity import GAP_LIMIT
 
@@ -150,7 +150,7 @@ class LinearityProfile(Diagnosis):
 
     def plot(self, folder: str | Path) -> list[Path]:
         """Draws gaps and KL against λ into `linearity.png` and `.svg`."""
-        from tangent_peft.diagnose.linearity_plots import plot_profile
+        from tangent_peft.diagnose.linearity.plots import plot_profile
 
         return [plot_profile(self, Path(folder) / "linearity.png")]
 

@@ -9,7 +9,7 @@ from tangent_peft.evaluate.plots.drawing import INK, PALE, drawing, looks, pictu
 
 
 if TYPE_CHECKING:
-    from tangent_peft.diagnose.forgetting import Forgetting
+    from tangent_peft.diagnose.stages.forgetting import Forgetting
 
 
 PANEL = 3.2  # inches
