@@ -38,7 +38,7 @@ Need: TypeAlias = Literal["models", "axes", "two axes", "pairs", "sequential"]
 
 # Rows that a section reads at most, which is what its time goes with. Whole forwards are few in the cheap sections, and
 # one for each λ, cell of a grid, or random direction in the others.
-LINEARITY_ROWS, ADDITIVITY_ROWS, SPINAL_ROWS, STEERED_PAIRS = 8, 4, 16, 16
+LINEARITY_ROWS, ADDITIVITY_ROWS, SPINAL_ROWS, STEERED_PAIRS, COMPARED_ANSWERS = 8, 4, 16, 16, 64
 DEPTHS = (0.5, 0.625, 0.75, 0.875, 1.0)  # shares of the depth at which shifts of two axes are compared
 
 
@@ -183,7 +183,7 @@ def _interference(inputs: Inputs) -> list[Task]:
         return axis_interference(inputs.model, inputs.models.tokenizer, data, axes, settings)
 
     found: list[Task] = [("last token of the prompts", partial(compared, "prompt", inputs.data.prompts))]
-    pairs = _mixed(inputs.data)
+    pairs = _mixed(inputs.data)[:COMPARED_ANSWERS]
     return [*found, ("mean over the answers", partial(compared, "answer", pairs))] if pairs else found
 
 
