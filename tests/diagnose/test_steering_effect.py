@@ -17,7 +17,7 @@ from strong_axes import two_axes
 from tangent_peft.diagnose import ModelState
 from tangent_peft.diagnose.steering.greedy import GreedyAnswers
 from tangent_peft.diagnose.steering.resume import Resumable
-from tangent_peft.diagnose.steering.sweep import MODES, SteeringPoint
+from tangent_peft.diagnose.steering.sweep import MODES, SteeringEffect, SteeringPoint
 from tangent_peft.diagnose.steering.trial import EffectOptions, steering_effect
 from tangent_peft.evaluate.generation import Answer
 from tangent_peft.evaluate.pairs import pair_batch
@@ -62,6 +62,27 @@ def test_a_random_vector_is_called_chance(tokenizer: Any, pairs: list[Any]) -> N
     found = effect(base, with_bias(base, L, u), wrong, tokenizer, pairs, control_seeds=4)
     assert [verdict.finding for verdict in found.verdicts()] == ["warning", "warning"]
     assert all("chance" in verdict.text for verdict in found.verdicts())
+
+
+@pytest.mark.parametrize(
+    ("far", "finding", "words"),
+    [
+        (0.1, "fine", "closes 90%"),
+        (0.7, "warning", "less than half"),
+        (1.2, "warning", "leads away"),  # and random directions lead further
+        (5.2, "warning", "no more than chance"),
+    ],
+)
+def test_verdicts(far: float, finding: str, words: str) -> None:
+    def values(kl: float) -> dict[str, float]:
+        return {"kl_base": kl, "kl_tuned": kl, "match_base": 0.5, "match_tuned": 0.5}
+
+    controls = {name: [5.0, 5.5, 6.0] for name in values(0.0)}
+    points = [SteeringPoint(mode, 1.0, values(far), controls, values(5.5), values(0.5)) for mode in MODES]
+    starts = {mode: values(1.0) for mode in MODES}
+    found = SteeringEffect("a", "b", 8, [L], {}, starts, points, {})
+    for verdict in found.verdicts():
+        assert verdict.finding == finding and words in verdict.text
 
 
 def test_chance_is_what_random_directions_reach() -> None:

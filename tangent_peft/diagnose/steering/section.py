@@ -38,7 +38,8 @@ class SteeringOptions:
 
     Attributes:
         positions: where δ is taken; the paper's formula has the prompt.
-        steer_with: the position whose vectors are tried out.
+        steer_with: the position whose vectors are tried out. They are tried on answers, where those of prompts can be
+            of quite another length: on SmolLM2 they are three times as long.
         held_out: share of the prompts that vectors are judged on.
         seed: of the split.
         max_prompts: at most so many prompts make a vector, and at most half as many judge it.
@@ -50,7 +51,7 @@ class SteeringOptions:
     """
 
     positions: tuple[Position, ...] = ("prompt", "answer")
-    steer_with: Position = "prompt"
+    steer_with: Position = "answer"
     held_out: float = 0.25
     seed: int = 0
     max_prompts: int = 64

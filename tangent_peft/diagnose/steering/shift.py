@@ -331,11 +331,12 @@ def _cosine_verdict(last: LayerShift, count: int) -> Verdict:
 def _rank_verdict(last: LayerShift) -> Verdict:
     ratio, spread, energy = last.uncentred.ratio, last.centred.ratio, last.centred.top_energy
     text = (
-        f"σ₂/σ₁ of ΔH at the last layer is {ratio:.3f} uncentred; the paper has < {LOW_RATIO}. A low one says "
-        f"little more than that the mean is large: centred, σ₂/σ₁ is {spread:.3f} and the first direction has "
-        f"{energy:.0%} of the rest."
+        f"σ₂/σ₁ of ΔH at the last layer is {ratio:.3f} uncentred; the paper has < {LOW_RATIO}. Less its mean ΔH has "
+        f"{spread:.3f}, and its first direction {energy:.0%} of the energy."
     )
-    return Verdict("fine" if ratio < LOW_RATIO else "warning", text)
+    if ratio < LOW_RATIO:
+        return Verdict("fine", f"{text} A low uncentred ratio says little more than that the mean is large.")
+    return Verdict("warning", text)
 
 
 def _entropy_verdict(layers: Sequence[LayerShift]) -> Verdict:

@@ -182,8 +182,12 @@ class SteeringEffect(Diagnosis):
             f"agreement; random directions of the same norm {found.control_mean:.0%} ± {found.control_sd:.0%} and "
             f"{found.match_control:.0%} ({self.pairs} held-out pairs)."
         )
-        if found.kl <= 0 or point.is_chance:
+        if point.is_chance:
             return Verdict("warning", f"{text} That is no more than chance: do not read meaning into this vector.")
+        if found.kl <= 0:
+            return Verdict(
+                "warning", f"{text} It leads away, if less than chance does: too long, or of another position."
+            )
         if found.kl < 0.5:
             return Verdict(
                 "warning", f"{text} More than chance, but less than half: most of the training is elsewhere."
