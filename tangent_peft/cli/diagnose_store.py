@@ -10,7 +10,7 @@ from typing import Any
 
 from tangent_peft.cli.diagnose_subject import Subject
 from tangent_peft.cli.saved_axes import CONFIG, axis_config
-from tangent_peft.diagnose.linearity.safe_range import SafeRange
+from tangent_peft.diagnose.linearity.safe_range import SafeRange, check_not_rounding
 from tangent_peft.diagnose.report import Section
 from tangent_peft.tuner.files import write_text
 
@@ -61,6 +61,7 @@ def store_ranges(subject: Subject, sections: Sequence[Section]) -> list[str]:
             failed.append(f"No safe range of {axis} is stored: τ is 0, so it is not trained yet")
         else:
             try:
+                check_not_rounding(measured)
                 store_range(place, measured.stored.to_dict())
             except (OSError, ValueError) as error:
                 failed.append(f"No safe range of {axis} is stored: {error}")

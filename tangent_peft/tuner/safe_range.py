@@ -99,7 +99,11 @@ class StoredRange:
 
 
 def _number(value: float) -> str:
-    return f"{value:.3g}".replace("-", "−")
+    """Three digits, cut towards 0, so that what is read is within the range."""
+    text = f"{value:.3g}"
+    if abs(float(text)) > abs(value):
+        text = f"{value - math.copysign(0.5 * 10.0 ** (math.floor(math.log10(abs(value))) - 2), value):.3g}"
+    return text.replace("-", "−")
 
 
 def store_range(tuner: AxisVerbs, axis: str, stored: StoredRange | None) -> None:

@@ -122,6 +122,21 @@ def test_no_number_within_rounding(tmp_path: Path) -> None:
     assert picture.name == "additivity-help-verb.png" and picture.stat().st_size > 1000
 
 
+def test_rounding_is_not_blamed_on_the_axes() -> None:
+    """Weak axes, which add up in float32, seem to act on each other in bfloat16."""
+    model = two_axes(build("llama"))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "tangent_B" in name:
+                parameter.mul_(0.006)
+    assert additivity(model, [batch()], grid=[-1.0, 1.0]).verdicts()[0].finding == "fine"
+    found = additivity(model.to(torch.bfloat16), [batch()], grid=[-1.0, 1.0])
+    (pair,) = found.pairs
+    assert max(value for _, _, value in pair.cells(pair.interaction)) > found.limit
+    assert pair.rounding == pytest.approx(np.mean(pair.missed_own), rel=0.5)
+    assert found.verdicts()[0].finding == "unknown" and "measure with the base in float32" in str(found)
+
+
 def test_verdict_and_picture(tmp_path: Path) -> None:
     found = additivity(two_axes(build("llama")), [batch()], grid=GRID)
     assert found.verdicts()[0].finding == "warning" and "act on each other" in str(found)

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from cases import deltas, in_float64, tangent_model
-from conftest import batch, build
+from conftest import TINY, batch, build, enlarge
 from linear_toys import curvature, ids, toy
 from oracle import linearized
 from peft import PeftModel
 from strong_axes import two_axes
 from torch import Tensor
+from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from tangent_peft.diagnose import linearity_gap, linearity_profile
 from tangent_peft.diagnose.linearity import mix_logits
@@ -174,3 +175,44 @@ def test_bad_input() -> None:
         linearity_profile(build("llama"), [batch()])
     with model.disable_adapter(), pytest.raises(ValueError, match="Adapters are disabled"):
         linearity_profile(model, [batch()])
+
+
+def capped_gemma() -> PeftModel:
+    """A tiny Gemma 2 with two strong axes, whose logits are capped at 3."""
+    options = {"head_dim": 8, "final_logit_softcapping": 3.0, "max_position_embeddings": 64, "pad_token_id": 0}
+    torch.manual_seed(0)
+    return two_axes(enlarge(Gemma2ForCausalLM(Gemma2Config(**TINY, num_hidden_layers=3, **options))))
+
+
+def test_capped_logits() -> None:
+    """c·tanh((f₀ + λJτ)/c) is not f₀ + λ times what it is at λ = 1: each λ is that of `linearity_gap`."""
+    model = capped_gemma()
+    for point in linearity_profile(model, [batch()], ["help"], [-2.0, 0.3, 2.0]).points:
+        with model.axes(help=point.weight):
+            expected = linearity_gap(model, [batch()])
+        assert point.gap == pytest.approx(expected.gap, rel=1e-4)
+        assert point.effect == pytest.approx(expected.effect, rel=1e-4)
+
+
+def test_the_slope_is_not_rounded_away_in_bfloat16() -> None:
+    """Jτ read off at λ = 1 is rounded to the size of f₀, and λ times that is what is missed at large λ."""
+    model = tangent_model("llama", "shared", axis="help")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "tangent_B" in name:
+                parameter.mul_(0.1)
+    (exact,) = linearity_profile(model, [batch()], weights=[3.0]).points
+    (found,) = linearity_profile(model.to(torch.bfloat16), [batch()], weights=[3.0]).points
+    with model.axes(help=3.0):
+        direct = linearity_gap(model, [batch()]).gap
+    assert exact.gap < found.gap < 1.02 * direct
+
+
+def test_a_network_that_moves_where_the_linearized_model_does_not() -> None:
+    """(W₁x)² at W₁ = 0: Jτ = 0, but the network is λ²(ΔW₁x)²."""
+    model = toy(["first"], bend=torch.square)
+    with torch.no_grad():
+        model.get_base_model().first.get_base_layer().weight.zero_()
+    profile = linearity_profile(model, [ids()], weights=[1.0])
+    assert math.isinf(profile.points[0].gap) and profile.points[0].effect == 0.0
+    assert profile.verdicts()[0].finding == "warning" and "network does change" in profile.verdicts()[0].text

@@ -55,7 +55,7 @@ def test_a_deep_network(measure: Any) -> None:
             for weight, safe in ((inside, True), (outside, False)):
                 with model.axes(help=weight):
                     assert (linearity_gap(model, [batch()]).gap <= 0.5) == safe
-    assert f"from −{-found.low:.3g} to {found.high:.3g}" in str(found) and model.axis_weights == {"help": 1.0}
+    assert str(found.stored) in str(found) and model.axis_weights == {"help": 1.0}
 
 
 def test_a_gap_that_does_not_rise_all_the_way() -> None:
@@ -79,6 +79,32 @@ def test_logits_that_overflow_are_outside() -> None:
     found = safe_range(tangent_model("llama", "dense", axis="help"), [batch()], "help", limit=1e9, reach=1e39)
     assert math.isfinite(found.high) and found.high_is_bound and found.high < 1e39 and len(found.probes) < 100
     assert any(math.isinf(probe.gap) for probe in found.probes)
+
+
+def test_a_bound_of_rounding_is_not_stored() -> None:
+    """A weak axis in bfloat16 has a gap over the limit at small λ, and none at larger ones."""
+    model = two_axes(build("llama"))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "tangent_B" in name:
+                parameter.mul_(0.01)
+    exact = safe_range(model, [batch()], "help")
+    assert not exact.high_is_bound and not exact.is_rounding
+    found = safe_range(model.to(torch.bfloat16), [batch()], "help")
+    assert found.high_is_bound and found.is_rounding
+    assert [verdict.finding for verdict in found.verdicts()] == ["unknown"] and "bfloat16" in found.verdicts()[0].text
+    with pytest.raises(ValueError, match="matter of rounding in bfloat16"):
+        store_safe_range(model, found)
+    assert model.peft_config["help"].safe_range is None
+    assert "−0" not in found.text
+
+
+@pytest.mark.parametrize(
+    ("bound", "text"), [(2.996, "2.99"), (0.09996, "0.0999"), (2.1, "2.1"), (4.0, "4"), (0.0, "0"), (12.37, "12.3")]
+)
+def test_what_is_read_is_within_the_range(bound: float, text: str) -> None:
+    stored = StoredRange(-bound, bound, True, True, limit=0.5, measure="logits", norm=1.0)
+    assert f"to {text}" in str(stored) and stored.holds(float(text)) and stored.holds(-float(text))
 
 
 def test_files(tmp_path: Path) -> None:

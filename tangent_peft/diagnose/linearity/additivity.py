@@ -12,7 +12,8 @@ two axes does not predict it). With p₀ the base and every network an ordinary 
 on each other. `interaction` holds the second alone: it is 0 wherever one λ is 0, and is the one to judge interference
 by. Both are ratios of means over positions. A JSD goes with the square of a deviation, so R = 0.25 is a deviation half
 as large as the effect, as a linearity gap of 0.5 is. R is NaN where the prediction is the base, or differs from it by
-no more than the rounding of the dtype.
+no more than the rounding of the dtype. Where what was missed may be rounding by half, no verdict blames the axes: that
+is judged from how far the networks at λ = ±1/16 of an axis are from lying opposite each other around the base.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 
 from tangent_peft.diagnose.linearity.divergence import jensen_shannon
 from tangent_peft.diagnose.linearity.mix_logits import Batch, MixLogits, Part
+from tangent_peft.diagnose.linearity.profile import PROBE, ROUNDING_SHARE
 from tangent_peft.diagnose.result import Cell, Diagnosis, Table, Verdict
 from tangent_peft.tuner.linearity import GAP_LIMIT
 
@@ -55,7 +57,8 @@ class PairAdditivity:
         moved: mean JSD(p_add, p₀).
         missed_own: mean JSD(p_actual, p_own).
         moved_own: mean JSD(p_own, p₀).
-        floor: a JSD that rounding alone may give in the dtype of the model.
+        floor: a JSD that rounding of the logits alone may give in the dtype of the model.
+        rounding: about what the rounding of whole networks adds to `missed_own`, nats.
     """
 
     first: str
@@ -69,6 +72,7 @@ class PairAdditivity:
     missed_own: Rows
     moved_own: Rows
     floor: float
+    rounding: float
 
     def cells(self, values: Rows) -> Iterator[tuple[float, float, float]]:
         """λ₁, λ₂ and value of every cell that has a number."""
@@ -132,6 +136,10 @@ class Additivity(Diagnosis):
         )
         if largest <= self.limit:
             return Verdict("fine", f"{text}As weights they add up (limit {self.limit:g}).")
+        missed = pair.missed_own[pair.first_weights.index(place)][pair.second_weights.index(other)]
+        if pair.rounding >= ROUNDING_SHARE * missed:
+            hint = f"In {self.dtype} half of that or more may be rounding: measure with the base in float32."
+            return Verdict("unknown", f"{text}{hint}")
         hint = "As weights they act on each other: look at answers of the mix itself, or mix linearized, which adds up."
         return Verdict("warning", f"{text}{hint}")
 
@@ -152,9 +160,9 @@ def additivity(
 ) -> Additivity:
     """Measures R(λ₁, λ₂) of every two axes, on ordinary networks at their weights.
 
-    For each part of a batch, one forward of the base and one for each cell of the grid, above the frozen trunk, which
-    runs once. Memory does not grow with the number of batches; logits of a part, a few dozen MiB, are held for
-    each λ of the grid.
+    For each part of a batch, one forward of the base, one for each cell of the grid and two for each axis, above the
+    frozen trunk, which runs once. Memory does not grow with the number of batches; logits of a part, a few dozen MiB,
+    are held for each λ of the grid.
 
     Args:
         model: a `PeftModel` with at least two tangent axes; the active mix does not count and stays.
@@ -182,16 +190,22 @@ def additivity(
         raise ValueError(f"Additivity is of two axes or more; found {runs.axes}. Load a second one, or name two.")
     pairs = list(combinations(runs.axes, 2))
     sums = torch.zeros(len(pairs), 4, len(places), len(places), dtype=torch.float64)
+    noise = dict.fromkeys(runs.axes, 0.0)
     spread, tokens = 0.0, 0
     with runs.ready():
         for part in runs.parts(batches):
             cells = _Cells(part, progress)
             for index, pair in enumerate(pairs):
                 _add_pair(cells, pair, places, sums[index])
+            for axis in noise:
+                noise[axis] += float(cells.rounding(axis))
             spread += float(cells.base.var(-1, correction=0).sum(dtype=torch.float64))
             tokens += len(cells.base)
     floor = torch.finfo(runs.torch_dtype).eps ** 2 * spread / tokens / 8
-    found = [_pair(*pair, places, sums[index] / tokens, floor) for index, pair in enumerate(pairs)]
+    found = []
+    for index, pair in enumerate(pairs):
+        rounding = max(noise[axis] for axis in pair) / tokens
+        found.append(_pair(pair, places, sums[index] / tokens, floor, rounding))
     return Additivity(found, tokens, runs.dtype, limit)
 
 
@@ -213,6 +227,15 @@ class _Cells:
     def change(self, axis: str, place: float) -> Tensor:
         """What one axis alone changes at λ."""
         return self.at({axis: place}) - self.base
+
+    def rounding(self, axis: str) -> Tensor:
+        """About the JSD, summed, of the rounding of the four networks that a cell of `missed_own` compares.
+
+        f(θ₀ + ετ) + f(θ₀ − ετ) − 2f₀ is of second order in ε, and has the variance of six networks' rounding, less what
+        networks so close to each other share of it.
+        """
+        both = self.at({axis: PROBE}) + self.at({axis: -PROBE}) - self.base
+        return _summed(both, self.base)
 
 
 def _add_pair(cells: _Cells, pair: tuple[str, str], places: Sequence[float], sums: Tensor) -> None:
@@ -239,11 +262,13 @@ def _summed(first: Tensor, second: Tensor) -> Tensor:
     return jensen_shannon(first, second).sum()
 
 
-def _pair(first: str, second: str, places: Sequence[float], means: Tensor, floor: float) -> PairAdditivity:
+def _pair(
+    names: tuple[str, str], places: Sequence[float], means: Tensor, floor: float, rounding: float
+) -> PairAdditivity:
     missed, moved, missed_own, moved_own = (matrix.tolist() for matrix in means)
     return PairAdditivity(
-        first=first,
-        second=second,
+        first=names[0],
+        second=names[1],
         first_weights=list(places),
         second_weights=list(places),
         ratio=_ratio(means[0], means[1], floor),
@@ -253,6 +278,7 @@ def _pair(first: str, second: str, places: Sequence[float], means: Tensor, floor
         missed_own=missed_own,
         moved_own=moved_own,
         floor=floor,
+        rounding=rounding,
     )
 
 

@@ -3,15 +3,18 @@
 At each λ two models stand beside each other: the ordinary network f(θ₀ + λτ), which merging and exporting give, and
 f_lin = f₀ + λ Jτ, which was trained. All of f_lin(λ) follows from one linearized pass; only the network runs again:
 
-    gap             ‖f(θ₀ + λτ) − f_lin‖ / ‖λ Jτ‖                                on the logits
+    gap             ‖f(θ₀ + λτ) − f_lin‖ / ‖f_lin − f₀‖                          on the logits
     log-prob gap    ‖log π_λ − log π_lin‖ / ‖log π_lin − log π₀‖                 on their log-softmax
-    effect          ‖λ Jτ‖ / ‖f₀‖
+    effect          ‖f_lin − f₀‖ / ‖f₀‖
     KL              Σᵥ π(v) log π(v)/π₀(v), mean over positions, nats per token  of π_λ, of π_lin, and of π_λ to π_lin
 
 π_λ, π_lin, π₀ are the softmax of f(θ₀ + λτ), f_lin, f₀. Norms are over all positions and the whole vocabulary, each
 entry with the same weight, so the log-prob gap looks at rare tokens as much as at likely ones; the KLs weigh by
 probability. To first order both gaps grow in proportion to |λ| (arXiv 2602.01128 states none of these numbers; they
 are ours). The gap is that of `linearity_gap`, of which this is the profile.
+
+Where the model caps its logits (Gemma 2), the cap is applied to f₀ + λ Jτ, and f_lin is not in proportion to λ. That is
+seen at the largest λ asked for; the linearized model then runs again at every λ as well.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from tangent_peft.diagnose.linearity.divergence import kl, token_slices
-from tangent_peft.diagnose.linearity.mix_logits import Batch, MixLogits
+from tangent_peft.diagnose.linearity.mix_logits import Batch, MixLogits, Part
 from tangent_peft.diagnose.result import Cell, Diagnosis, Table, Verdict
 from tangent_peft.tuner.linearity import GAP_LIMIT
 
@@ -34,6 +37,9 @@ from tangent_peft.tuner.linearity import GAP_LIMIT
 WEIGHTS = (-3.0, -2.0, -1.0, -0.5, 0.5, 1.0, 2.0, 3.0)
 PROBE = 1 / 16  # λ at which rounding is looked for, unless the smallest one measured is not four times as large
 ROUNDING_SHARE = 0.5  # of a gap, from which it is called rounding
+STEP = {torch.bfloat16: 16.0}  # λ at which Jτ is read off: large where rounding to the size of f₀ would drown it
+BENT = {torch.bfloat16: 5e-2, torch.float16: 5e-2}  # share of f_lin − f₀ from which it is not in proportion to λ
+STRAIGHT = 1e-3  # the same in other dtypes
 _MISSED, _MOVED, _SIZE, _MISSED_LOG, _MOVED_LOG, _KL, _KL_LIN, _KL_APART, _TOKENS = range(9)  # of `_sums`
 
 
@@ -50,8 +56,8 @@ class LinearityPoint:
         kl: KL(π_λ ‖ π₀) of the network at the weights, nats per token.
         kl_linearized: KL(π_lin ‖ π₀).
         kl_apart: KL(π_λ ‖ π_lin).
-        rounding: the most that the rounding of the dtype can have added to `gap`, judged from the gap at a small λ,
-            where the network is as good as linear; NaN for λ = 0.
+        rounding: about how much the rounding of the dtype adds to `gap`, judged from the gap at a small λ, where the
+            network is as good as linear; NaN for λ = 0.
     """
 
     axis: str
@@ -99,15 +105,15 @@ class LinearityProfile(Diagnosis):
 
     def tables(self) -> list[Table]:
         """One table; a row for each axis and λ."""
-        columns = ["axis", "λ", "gap", "gap (log-probs)", "effect", "KL", "KL lin.", "KL apart", "rounding ≤"]
+        columns = ["axis", "λ", "gap", "gap (log-probs)", "effect", "KL", "KL lin.", "KL apart", "rounding ~"]
         rows: list[list[Cell]] = [
             [p.axis, p.weight, p.gap, p.gap_log_probs, p.effect, p.kl, p.kl_linearized, p.kl_apart, p.rounding]
             for p in self.points
         ]
         note = (
-            f"{self.tokens} positions, {self.dtype}. gap: ‖f(θ₀+λτ) − f_lin‖ / ‖λJτ‖ on logits; on log-probs over "
-            "‖log π_lin − log π₀‖. KL, nats per token: of the network at the weights to the base, of the linearized "
-            "model to the base, of the network to the linearized model. rounding: at most so much of the gap."
+            f"{self.tokens} positions, {self.dtype}. gap: ‖f(θ₀+λτ) − f_lin‖ / ‖f_lin − f₀‖ on logits; on log-probs "
+            "over ‖log π_lin − log π₀‖. KL, nats per token: of the network at the weights to the base, of the "
+            "linearized model to the base, of the network to the linearized model. rounding: about so much of the gap."
         )
         return [Table("One axis at a time", columns, rows, note)]
 
@@ -117,6 +123,9 @@ class LinearityProfile(Diagnosis):
 
     def _judge(self, axis: str) -> list[Verdict]:
         points = [point for point in self.of(axis) if point.weight != 0.0]
+        if not any(point.effect for point in points) and any(point.gap for point in points):
+            text = f"{axis} changes no logit linearized, but the network does change: merged it is another model."
+            return [Verdict("warning", text)]
         if any(not math.isfinite(point.gap) for point in points):
             lost = [f"{point.weight:g}" for point in points if not math.isfinite(point.gap)]
             return [Verdict("unknown", f"{axis}: logits are not finite at λ = {', '.join(lost)}; use float32.")]
@@ -165,8 +174,9 @@ def linearity_profile(
 ) -> LinearityProfile:
     """Measures gap, effect and KL of each axis alone at each λ.
 
-    For each part of a batch: one forward of the base, one linearized forward per axis, one ordinary forward per axis
-    and λ, all above the frozen trunk, which runs once. Memory does not grow with the number of batches.
+    For each part of a batch: one forward of the base, one linearized forward per axis (one more for the first part; one
+    per λ where the model caps its logits), one ordinary forward per axis and λ, all above the frozen trunk, which runs
+    once. Memory does not grow with the number of batches.
 
     Args:
         model: a `PeftModel` with tangent axes; the active mix does not count and stays.
@@ -233,23 +243,40 @@ def measure_sums(
         moved on the log-probs, three KLs, and the number of positions.
     """
     sums = {(axis, place): torch.zeros(9, dtype=torch.float64) for axis, places in asked.items() for place in places}
+    straight: dict[str, bool] = {}  # by axis; seen on the first part
     with runs.ready():
         for part in runs.parts(batches):
             base = part.base()
             for axis, places in asked.items():
-                change = part.linearized({axis: 1.0}).sub_(base)  # Jτ
+                change = _slope(part, base, axis, runs.torch_dtype)
+                if axis not in straight:
+                    straight[axis] = _is_straight(part, base, axis, change, max(places, key=abs), runs.torch_dtype)
                 for place in places:
                     network = part.weights({axis: place})
+                    moved = None if straight[axis] else part.linearized({axis: place}).sub_(base)
                     for at in token_slices(*base.shape):
-                        sums[axis, place] += _sums(network[at], base[at], change[at], place, divergences)
+                        here = change[at] * place if moved is None else moved[at]
+                        sums[axis, place] += _sums(network[at], base[at], here, divergences)
                     if progress is not None:
                         progress()
     return sums
 
 
-def _sums(network: Tensor, base: Tensor, change: Tensor, place: float, divergences: bool) -> Tensor:
-    """The sums of one tile (n, V) of f(θ₀ + λτ), f₀ and Jτ."""
-    moved = change * place
+def _slope(part: Part, base: Tensor, axis: str, dtype: torch.dtype) -> Tensor:
+    """Jτ (n, V) of one axis, if f_lin is in proportion to λ."""
+    step = STEP.get(dtype, 1.0)
+    return part.linearized({axis: step}).sub_(base).div_(step)
+
+
+def _is_straight(part: Part, base: Tensor, axis: str, change: Tensor, far: float, dtype: torch.dtype) -> bool:
+    """Whether f_lin − f₀ at λ = `far` is `far` times `change`."""
+    moved = part.linearized({axis: far}).sub_(base)
+    missed = moved - change * far
+    return bool(missed.norm() <= BENT.get(dtype, STRAIGHT) * moved.norm())
+
+
+def _sums(network: Tensor, base: Tensor, moved: Tensor, divergences: bool) -> Tensor:
+    """The sums of one tile (n, V) of f(θ₀ + λτ), f₀ and f_lin − f₀."""
     linear = base + moved
     missed = network - linear
     ends = [logits.logsumexp(-1, keepdim=True) for logits in (network, linear, base)]
@@ -263,9 +290,11 @@ def _sums(network: Tensor, base: Tensor, change: Tensor, place: float, divergenc
 
 
 def as_gap(sums: Tensor, log_probs: bool = False) -> float:
-    """The gap that the sums of `measure_sums` are; 0 where nothing is moved."""
-    missed, moved = (_MISSED_LOG, _MOVED_LOG) if log_probs else (_MISSED, _MOVED)
-    return math.sqrt(float(sums[missed] / sums[moved])) if sums[moved] != 0.0 else 0.0
+    """The gap that the sums of `measure_sums` are; 0 where nothing is moved, in neither of the models."""
+    missed, moved = (float(sums[at]) for at in ((_MISSED_LOG, _MOVED_LOG) if log_probs else (_MISSED, _MOVED)))
+    if moved == 0.0:
+        return math.inf if missed else 0.0
+    return math.sqrt(missed / moved)
 
 
 def positions(sums: Tensor) -> int:

@@ -97,6 +97,20 @@ class SafeRange(Diagnosis):
         return StoredRange(*bounds, limit=self.limit, measure=self.measure, norm=self.norm)
 
     @property
+    def is_rounding(self) -> bool:
+        """Whether a bound is one of rounding: in less than float32, with a gap within the limit at a larger |λ|.
+
+        What rounding adds to the gap falls as 1/|λ|; what the axis adds rises.
+        """
+        if self.dtype in ("float32", "float64"):
+            return False
+        sides = ((self.low_is_bound, -1.0, -self.low), (self.high_is_bound, 1.0, self.high))
+        return any(
+            is_bound and any(sign * probe.weight > bound and probe.gap <= self.limit for probe in self.probes)
+            for is_bound, sign, bound in sides
+        )
+
+    @property
     def text(self) -> str:
         """The range in a line, such as "λ of help from −2.1 to at least 4 (gap ≤ 0.5)"."""
         of = " of log-probs" if self.measure == "log_probs" else ""
@@ -126,7 +140,7 @@ class SafeRange(Diagnosis):
         )
         if self.dtype not in ("float32", "float64"):
             text += f" In {self.dtype} that is likely rounding: measure with the base in float32."
-        return [held, Verdict("unknown", text)]
+        return [Verdict("unknown", text)] if self.is_rounding else [held, Verdict("unknown", text)]
 
     def plot(self, folder: str | Path) -> list[Path]:
         """Draws the gaps measured, the limit and the range into `safe-range-AXIS.png` and `.svg`."""
@@ -180,7 +194,7 @@ def safe_range(
     probes = sorted([*low.probes, *high.probes], key=lambda probe: probe.weight)
     return SafeRange(
         axis=axis,
-        low=-low.inside,
+        low=0.0 - low.inside,
         high=high.inside,
         low_is_bound=low.outside is not None,
         high_is_bound=high.outside is not None,
@@ -209,19 +223,34 @@ def store_safe_range(model: nn.Module, found: SafeRange | None, axis: str | None
 
     Raises:
         TypeError: if the model carries no tangent axes.
-        ValueError: for an unknown axis, or one that is not the one that was measured.
+        ValueError: for an unknown axis, or one that is not the one that was measured; for a range that is rounding.
     """
     tuner = tangent_tuner(model)
     name = axis if axis is not None else None if found is None else found.axis
     if name is None:
         raise ValueError("Name the `axis` whose safe range is to be taken away.")
     check_known(tuner, [name])
+    if found is not None:
+        check_not_rounding(found)
     if found is not None and not is_of_this_tangent(found.stored, norm := axis_norm(tuner.model, name)):
         raise ValueError(
             f"The safe range was measured on an axis with ‖τ‖ = {found.norm:.4g}, but that of {name!r} is {norm:.4g}: "
             "it is another axis, or was trained since. Measure it again."
         )
     store_range(tuner, name, None if found is None else found.stored)
+
+
+def check_not_rounding(found: SafeRange) -> None:
+    """Refuses to store a range of which the rounding of the model's dtype is a bound.
+
+    Raises:
+        ValueError: saying so.
+    """
+    if found.is_rounding:
+        raise ValueError(
+            f"The safe range of {found.axis} ({found.text}) is a matter of rounding in {found.dtype}: at larger λ the "
+            "gap is within the limit again. Measure it with the base in float32 (`model.float()`)."
+        )
 
 
 def _check_options(batches: Sequence[Batch], reach: float, tolerance: float, measure: str) -> None:
