@@ -6,7 +6,7 @@ Runs commands of this package one after the other, on a CPU, and prints each bef
 
 1. `tangent-peft quickstart` trains the axes help and verb of SmolLM2-135M-Instruct (`--axes` names trained ones)
 2. `tangent-peft sequential` trains the same two objectives one after the other, in both orders, as ordinary LoRAs and
-   as one tangent axis, with three seeds
+   as one tangent axis, with two seeds
 3. `tangent-peft diagnose` looks at the two axes, and at what the sequences forgot
 4. `tangent-peft diagnose` looks at an ordinary DPO checkpoint: the LoRA after its first stage
 
@@ -32,7 +32,7 @@ from tangent_peft.cli.smollm2 import load_smollm2
 
 PROMPTS = 96  # prompts that hidden states are read on
 PROMPT_TOKENS = 96  # longer ones are left out
-SEEDS = ("0", "1", "2")
+SEEDS = ("0", "1")
 OBJECTIVE = "help"  # of the ordinary DPO checkpoint
 
 
@@ -53,22 +53,14 @@ def main() -> None:
     if not (sequences / "result.json").is_file():
         places = ["--output", sequences, "--processes", str(options.processes)]
         run("sequential", "smollm2_cpu", *places, "--seeds", *SEEDS)
-    prompts = write_prompts(options.data, out / "prompts.jsonl")
+    told = ["--base", "smollm2", "--prompts", write_prompts(options.data, out / "prompts.jsonl")]
     if not (out / "axes-report").is_dir():
-        told = ["--prompts", prompts, "--sequential", sequences / "result.json"]
-        run(
-            "diagnose",
-            axes,
-            *told,
-            "--report",
-            out / "axes-report",
-            "--title",
-            "Axes help and verb of SmolLM2-135M",
-        )
+        also = ["--sequential", sequences / "result.json", "--title", "Axes help and verb of SmolLM2-135M"]
+        run("diagnose", axes, *told, *also, "--report", out / "axes-report")
     if not (out / "dpo-report").is_dir():
         checkpoint = sequences / "seed-0" / f"lora_soup-{OBJECTIVE}"
         title = f"A LoRA trained by DPO on {OBJECTIVE}, SmolLM2-135M"
-        run("diagnose", checkpoint, "--prompts", prompts, "--report", out / "dpo-report", "--title", title)
+        run("diagnose", checkpoint, *told, "--report", out / "dpo-report", "--title", title)
     if options.publish is not None:
         publish(out, options.publish)
 
@@ -108,7 +100,10 @@ def publish(out: Path, target: Path) -> None:
     for name in ("axes-report", "dpo-report"):
         shutil.copytree(out / name, target / name, dirs_exist_ok=True)
     shutil.copy(out / "sequential" / "report.md", target / "sequential.md")
-    shutil.copy(out / "sequential" / "result.json", target / "sequential.json")
+    result = json.loads((out / "sequential" / "result.json").read_text(encoding="utf-8"))
+    axes = {axis: f"pairs/{axis}" for axis in result["settings"]["axes"]}
+    result["settings"] |= {"model": "SmolLM2-135M-Instruct", "axes": axes, "output": "sequential"}  # no folders of mine
+    (target / "sequential.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
