@@ -128,11 +128,11 @@ class Kind:
 
 
 def _token_batches(inputs: Inputs, rows: int) -> list[TokenBatch]:
-    """The chosen answers of some pairs of each axis, or the prompts, as tokens; kept: the answers, or everything."""
+    """The chosen answers of some pairs of each axis, or the prompts, as tokens; kept: what predicts answers, or all."""
     models, size = inputs.models, inputs.how.batch_size
     pairs = _mixed(inputs.data)[:rows]
     if pairs:
-        return list(answer_batches(models.tokenizer, pairs, size, models.base.device))
+        return list(answer_batches(models.tokenizer, pairs, size, models.base.device, keep="predicting"))
     return list(prompt_batches(models.tokenizer, inputs.data.prompts[:rows], size, models.base.device, keep="all"))
 
 

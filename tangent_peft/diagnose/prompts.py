@@ -71,9 +71,9 @@ def answer_batches(
     batch_size: int,
     device: torch.device | str = "cpu",
     answer: Literal["chosen", "rejected"] = "chosen",
-    keep: Literal["answer", "all"] = "answer",
+    keep: Literal["answer", "predicting", "all"] = "answer",
 ) -> Iterator[TokenBatch]:
-    """Prompts with one of their two answers, the tokens of the answer kept, or all of them.
+    """Prompts with one of their two answers, the tokens of the answer kept, those that predict them, or all of them.
 
     Args:
         tokenizer: as of `pair_batch`.
@@ -81,7 +81,8 @@ def answer_batches(
         batch_size: rows of a batch.
         device: where the tokens go.
         answer: which of the two.
-        keep: the tokens of the answer (its end included), or all of prompt and answer.
+        keep: the tokens of the answer (its end included), for what they are turned into; the positions whose next token
+            is one of the answer's, for what the model says of it; or all of prompt and answer.
 
     Raises:
         ValueError: for no pairs, a batch size below 1, or a pair whose answer is empty.
@@ -94,7 +95,9 @@ def answer_batches(
         longest = int(batch["attention_mask"].sum(1).max())
         batch = {name: x[:, :longest].to(device) for name, x in batch.items()}
         answered, mask = batch.pop("completion_mask").bool(), batch["attention_mask"].bool()
-        yield TokenBatch(batch, answered if keep == "answer" else mask)
+        predicting = torch.zeros_like(answered)
+        predicting[:, :-1] = answered[:, 1:]
+        yield TokenBatch(batch, {"answer": answered, "predicting": predicting, "all": mask}[keep])
 
 
 def check_answers(pairs: Sequence[Pair], start: int = 0) -> None:

@@ -149,7 +149,11 @@ def test_the_last_token_of_each_prompt_is_kept(tokenizer: Any) -> None:
 def test_the_tokens_of_an_answer_are_kept(tokenizer: Any) -> None:
     (batch,) = answer_batches(tokenizer, [PAIR], 4)
     whole, prompt = (tokenizer(text)["input_ids"] for text in ("Is it yes", "Is it"))
-    assert batch.inputs["input_ids"][batch.keep].tolist()[: len(whole) - len(prompt)] == whole[len(prompt) :]
+    kept = batch.inputs["input_ids"][batch.keep].tolist()
+    assert kept[: len(whole) - len(prompt)] == whole[len(prompt) :]
+    (before,) = answer_batches(tokenizer, [PAIR, PAIR], 4, keep="predicting")
+    assert not before.keep[:, -1].any() and before.keep.sum() == 2 * batch.keep.sum()
+    assert before.inputs["input_ids"][:, 1:][before.keep[:, :-1]].tolist() == 2 * kept
     (other,) = answer_batches(tokenizer, [PAIR], 4, answer="rejected", keep="all")
     assert other.keep.all()
     rejected = tokenizer("Is it no, it is not")["input_ids"]

@@ -282,6 +282,16 @@ def test_an_export_tells_an_axis_that_has_changed(tmp_path: Path) -> None:
         model.export_merged(tmp_path / "changed", {"help": 0.5})
 
 
+def test_an_axis_that_is_off_has_no_limit(tmp_path: Path) -> None:
+    model = tangent_model("llama", "shared", axis="help")
+    model.add_adapter("verb", config("shared"))
+    stored(model, "verb", 1e-6)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="The linearity gap")
+        gap = model.export_merged(tmp_path / "off", {"help": 0.5, "verb": 0.0}).gap.gap
+    assert 1e-6 < gap < 0.5
+
+
 def test_an_export_over_half_without_a_range(tmp_path: Path) -> None:
     model = two_axes(build("llama"))
     with pytest.warns(UserWarning, match=r"over the limit of 0\.5 up to which merging is taken to be safe"):

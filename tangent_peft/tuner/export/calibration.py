@@ -95,7 +95,8 @@ def warn_of_gap(tuner: AxisVerbs, calibration: Calibration, stacklevel: int) -> 
     if calibration.gap is None:
         return
     weights, gap = calibration.gap.weights, calibration.gap.gap
-    ranges = {name: stored for name in weights if (stored := range_of(tuner, name)) is not None}
+    used = [name for name, weight in weights.items() if weight]
+    ranges = {name: stored for name in used if (stored := range_of(tuner, name)) is not None}
     for name, stored in ranges.items():
         norm = axis_norm(tuner.model, name)
         if not is_of_this_tangent(stored, norm):
