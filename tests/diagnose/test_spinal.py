@@ -14,10 +14,11 @@ import torch
 from conftest import build, enlarge, make_llama
 from strong_axes import two_axes
 
+from tangent_peft.diagnose.result import as_text
 from tangent_peft.diagnose.spinal.block_gradients import BlockGradients
 from tangent_peft.diagnose.spinal.options import SpinalOptions, Texts, terminal_block
 from tangent_peft.diagnose.spinal.power_law import FitRule, PowerLaw, fit_power_law
-from tangent_peft.diagnose.spinal.score import alignment, coherence, spinal_score
+from tangent_peft.diagnose.spinal.score import SpinalScore, _RowMeans, _scored, alignment, coherence, spinal_score
 from tangent_peft.diagnose.spinal.trace import SpinalSettings, SpinalTrace, spinal_trace
 from tangent_peft.diagnose.states import ModelState
 from tangent_peft.evaluate.pairs import pair_batch
@@ -175,6 +176,55 @@ def test_layers_without_an_exponent_are_left_out_or_make_the_term_unknown() -> N
     assert found.contraction == pytest.approx(1) and found.layers == 2
     found = alignment(base, planted(most, transport))
     assert math.isnan(found.value) and math.isnan(found.scaled) and "only 1 of 4 layers" in found.reason
+
+
+def scored(base: SpinalTrace, tuned: SpinalTrace) -> SpinalScore:
+    return _scored(base, tuned, _RowMeans(), SpinalOptions())
+
+
+def terms_of(score: SpinalScore) -> dict[Any, list[Any]]:
+    return {row[0]: row[1:] for row in score.tables()[0].rows}
+
+
+def test_means_are_over_the_layers_that_both_have_or_missing_with_the_term() -> None:
+    alphas, transport = np.arange(9.0), np.arange(8.0)
+    some, most = alphas + 1, alphas + 1
+    some[8] = math.nan  # the base's α of 8 must not enter its mean either
+    most[[5, 6, 8]] = math.nan
+    found = scored(planted(alphas, transport), planted(some, transport))
+    assert terms_of(found)["mean α in layers 5–8"] == pytest.approx([6, 7, 1])
+    found = scored(planted(alphas, transport), planted(most, transport))
+    assert all(math.isnan(x) for x in terms_of(found)["mean α in layers 5–8"])
+    assert terms_of(found)["mean ℒ in layers 5–8 (rad)"] == pytest.approx([6, 6, 0])
+
+
+def test_a_score_that_is_missing_says_why() -> None:
+    alphas, transport, energy = np.arange(9.0), np.arange(8.0), np.ones(8)
+    base = planted(alphas, transport, energy)
+    none = planted(np.full(9, math.nan), transport, energy)
+    for other, words in (
+        (none, ("only 0 of 4 layers of T have an α", "no coherence")),
+        (planted(alphas, transport), ("no pairs were given",)),
+        (planted(alphas, transport, np.zeros(8)), ("the gradient is zero",)),
+    ):
+        found = scored(base, other)
+        assert math.isnan(found.score) and found.to_dict()["score"] is None
+        assert all(word in found.to_dict()["reason"] and word in str(found) for word in words)
+    found = scored(base, base)
+    assert found.reason == "" and not math.isnan(found.score)
+    assert "the same in all layers" in alignment(planted(np.ones(9), transport), base).reason
+    assert {as_text(row[6]) for row in planted(alphas, transport, np.zeros(8)).tables()[0].rows} == {"–"}
+
+
+def test_a_slight_rise_of_alpha_is_no_finding_and_a_whole_model_has_no_late_layers() -> None:
+    alphas, transport = np.arange(9.0), np.arange(8.0)
+    late = np.r_[np.zeros(5), np.ones(4)]
+    for rise, finding in ((1e-3, "unknown"), (1.0, "fine"), (-1.0, "warning")):
+        found = scored(planted(alphas, transport), planted(alphas + rise * late, transport))
+        assert found.verdicts()[0].finding == finding
+    whole = planted(alphas, transport, np.ones(8), block=(1, 8))
+    (verdict,) = scored(whole, planted(alphas + 1, transport, np.ones(8), block=(1, 8))).verdicts()
+    assert verdict.finding == "unknown" and "whole model" in verdict.text and "nan" not in verdict.text
 
 
 def test_coherence_is_one_for_a_straight_trace_and_falls_with_its_bends() -> None:

@@ -12,7 +12,8 @@ change of log p,
 
     √q − √p = ± exp(½ max(log p, log q)) · (1 − exp(−½ |δ|))
 
-keeps the digits of δ. All that is as wide as the vocabulary is float32.
+keeps the digits of δ. All that is as wide as the vocabulary is float32. Not reached is a layer that stretches h by more
+than `NEAR` and does nothing else: a norm that casts to float32 itself then leaves some 1e-7 rad.
 
 The final norm is whatever the model applies between its last block and its head. It is found by watching a forward, and
 used once the model's own logits have come out of it. A linearized model is looked at through the linearized lens: with

@@ -38,6 +38,7 @@ from tangent_peft.evaluate.scorers import Prompt
 
 LEAST_SHARE = 0.5  # of the terminal block that must have an α in both models
 CLEAR = 2.0  # standard errors that a change of transport must exceed to be called one
+SLIGHT = 0.05  # of the base's spread over depth: a smaller change of α, which has no standard error, is not called one
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,10 @@ class Alignment:
         transport: mean_T(ℒ′ − ℒ), in radians.
         transport_elsewhere: the same over the other steps.
         value: Δ, the first less the third.
-        scaled: Δ with each difference over the standard deviation of the base's trace over depth.
+        scaled: Δ with each difference over the base's spread.
+        spread: standard deviation over depth of the base's α, and of its ℒ.
         layers: layers of T with an α in both models.
-        reason: why numbers are NaN; empty where none is.
+        reason: why `value` or `scaled` is NaN; empty where both are numbers.
     """
 
     contraction: float
@@ -61,6 +63,7 @@ class Alignment:
     transport_elsewhere: float
     value: float
     scaled: float
+    spread: tuple[float, float]
     layers: int
     reason: str = ""
 
@@ -75,9 +78,13 @@ def alignment(base: SpinalTrace, tuned: SpinalTrace) -> Alignment:
     contraction = _mean(rise[inside & held]) if layers >= LEAST_SHARE * size else math.nan
     moved = _mean(fall[steps])
     spread = _spread(base.alphas), _spread(base.transport)
-    reason = "" if not math.isnan(contraction) else f"only {layers} of {size} layers of T have an α in both models"
-    if not reason and math.isnan(moved):
+    reason = ""
+    if math.isnan(contraction):
+        reason = f"only {layers} of {size} layers of T have an α in both models"
+    elif math.isnan(moved):
         reason = "no step leaves a layer of T"
+    elif math.isnan(sum(spread)):
+        reason = "the base's α or ℒ is the same in all layers, so there is nothing to scale by"
     return Alignment(
         contraction,
         _mean(rise[~inside & held]),
@@ -85,6 +92,7 @@ def alignment(base: SpinalTrace, tuned: SpinalTrace) -> Alignment:
         _mean(fall[~steps]),
         contraction - moved,
         contraction / spread[0] - moved / spread[1],
+        spread,
         layers,
         reason,
     )
@@ -121,7 +129,8 @@ class SpinalScore(Diagnosis):
         coherence: the second, of the base and of the tuned model.
         concentration: the third, of the base (its reference itself) and of the tuned model (reference the base).
         weights: of the three terms.
-        score: their sum with these weights; NaN if one of them is.
+        score: their sum with these weights; NaN if one of them is that has a weight.
+        reason: why the score is NaN; empty where it is a number.
         transport_error: standard error over prompts of the mean change of transport in T; NaN for a single prompt.
         rows: prompts that it is taken over.
     """
@@ -134,15 +143,17 @@ class SpinalScore(Diagnosis):
     concentration: tuple[float, float]
     weights: tuple[float, float, float]
     score: float
+    reason: str
     transport_error: float
     rows: int
 
     def tables(self) -> list[Table]:
         """The terms, and both traces."""
         shift, (first, last) = self.alignment, self.base.block
+        alphas, transport = _block_means(self)
         rows: list[list[str | int | float | None]] = [
-            [f"mean α in layers {first}–{last}", *_block_means(self, "alphas"), shift.contraction],
-            [f"mean ℒ in layers {first}–{last} (rad)", *_block_means(self, "transport"), shift.transport],
+            [f"mean α in layers {first}–{last}", *alphas, shift.contraction],
+            [f"mean ℒ in layers {first}–{last} (rad)", *transport, shift.transport],
             ["Δ alignment", None, None, shift.value],
             ["Δ alignment, scaled by the base's spread", None, None, shift.scaled],
             ["coherence", *self.coherence, self.coherence[1] - self.coherence[0]],
@@ -156,17 +167,25 @@ class SpinalScore(Diagnosis):
             "The paper's formulas and scale are not published: compare scores of the same prompts and options only.\n"
             f"Change of ℒ: standard error {self.transport_error:.2g} over {self.rows} rows."
         )
+        if self.reason:
+            note += f"\nNo score: {self.reason}."
         return [Table("SPINAL score (reconstruction)", columns, rows, note), *self.base.tables(), *self.tuned.tables()]
 
     def verdicts(self) -> list[Verdict]:
         """What the paper says of aligned models, one by one, and whether it holds here."""
         first, last = self.base.block
         missing = [verdict for trace in (self.base, self.tuned) for verdict in trace.verdicts()]
+        unread = [verdict for verdict in missing if verdict.finding != "fine"]
+        if last - first + 1 == len(self.base.transport):
+            whole = (
+                f"The terminal block {first}–{last} is the whole model, so nothing can be said to happen late in it."
+            )
+            return [Verdict("unknown", whole), *unread]
         return [
             _verdict_of_contraction(self.alignment, f"{first}–{last}"),
             _verdict_of_transport(self.alignment, f"{first}–{last}", self.transport_error),
-            _verdict_of_gradient(self.concentration, f"{first}–{last}", last - first + 1 == len(self.base.transport)),
-            *(verdict for verdict in missing if verdict.finding != "fine"),
+            _verdict_of_gradient(self.concentration, f"{first}–{last}", self.tuned.gradients is not None),
+            *unread,
         ]
 
     def plot(self, folder: str | Path) -> list[Path]:
@@ -220,8 +239,25 @@ def _scored(base: SpinalTrace, tuned: SpinalTrace, changes: _RowMeans, options: 
     concentrations = base.concentration, tuned.concentration
     terms = shift.scaled, coherences[1], concentrations[1]
     score = math.fsum(weight * term for weight, term in zip(options.weights, terms, strict=True) if weight)
+    whys = (
+        f"no Δ alignment, {shift.reason}",
+        f"no coherence, as fewer than half of the bends of {tuned.name!r} in T are known",
+        "no concentration, as " + ("no pairs were given" if tuned.gradients is None else "the gradient is zero"),
+    )
+    missing = [
+        why for weight, term, why in zip(options.weights, terms, whys, strict=True) if weight and math.isnan(term)
+    ]
     return SpinalScore(
-        base, tuned, shift, coherences, concentrations, options.weights, score, changes.error(), changes.count
+        base,
+        tuned,
+        shift,
+        coherences,
+        concentrations,
+        options.weights,
+        score,
+        "; ".join(missing),
+        changes.error(),
+        changes.count,
     )
 
 
@@ -248,26 +284,31 @@ class _RowMeans:
 def _verdict_of_contraction(shift: Alignment, layers: str) -> Verdict:
     if math.isnan(shift.contraction):
         return Verdict("unknown", f"Whether α rises late can not be said: {shift.reason}.")
-    numbers = f"by {shift.contraction:+.3g} in layers {layers}, {shift.contraction_elsewhere:+.3g} elsewhere"
+    text = f"Contraction α changes by {shift.contraction:+.3g} in layers {layers}{_beside(shift.contraction_elsewhere)}"
     ramps = shift.contraction > max(0.0, shift.contraction_elsewhere)
-    return _judged(ramps, f"Contraction α changes {numbers}", "rises late", shift.contraction == 0)
+    slight = not abs(shift.contraction) > SLIGHT * shift.spread[0]
+    return _judged(ramps, f"{text} (spread over depth {shift.spread[0]:.2g})", "rises late", slight)
 
 
 def _verdict_of_transport(shift: Alignment, layers: str, error: float) -> Verdict:
-    numbers = f"by {shift.transport:+.3g} rad in layers {layers} (standard error {error:.2g}), "
-    text = f"Transport ℒ changes {numbers}{shift.transport_elsewhere:+.3g} elsewhere"
+    if math.isnan(shift.transport):
+        return Verdict("unknown", f"Whether ℒ falls late can not be said: no step leaves a layer of {layers}.")
+    text = f"Transport ℒ changes by {shift.transport:+.3g} rad in layers {layers} (standard error {error:.2g})"
     unclear = not abs(shift.transport) > CLEAR * error
-    return _judged(shift.transport < 0, text, "falls late", unclear)
+    return _judged(shift.transport < 0, text + _beside(shift.transport_elsewhere), "falls late", unclear)
 
 
-def _verdict_of_gradient(concentration: tuple[float, float], layers: str, everywhere: bool) -> Verdict:
+def _verdict_of_gradient(concentration: tuple[float, float], layers: str, has_gradients: bool) -> Verdict:
     before, after = concentration
-    if everywhere:
-        return Verdict("unknown", f"The terminal block {layers} is the whole model: nothing can concentrate in it.")
     if math.isnan(after):
-        return Verdict("unknown", "Where the gradient concentrates can not be said: give pairs with a gradient.")
+        why = "the gradient is zero" if has_gradients else "give pairs, of which a gradient can be taken"
+        return Verdict("unknown", f"Where the gradient concentrates can not be said: {why}.")
     text = f"The DPO gradient² in layers {layers} has a share {after:+.3g} over an even one ({before:+.3g} in the base)"
     return _judged(after > 0, text, "concentrates late", False)
+
+
+def _beside(elsewhere: float) -> str:
+    return "" if math.isnan(elsewhere) else f", {elsewhere:+.3g} elsewhere"
 
 
 def _judged(holds: bool, text: str, claim: str, unclear: bool) -> Verdict:
@@ -277,12 +318,14 @@ def _judged(holds: bool, text: str, claim: str, unclear: bool) -> Verdict:
     return Verdict("fine" if holds else "warning", f"{text}; {said}: {'holds' if holds else 'does not hold'}.")
 
 
-def _block_means(score: SpinalScore, which: str) -> list[float]:
-    pairs = [
-        (_array(trace.alphas if which == "alphas" else trace.transport), trace.block)
-        for trace in (score.base, score.tuned)
-    ]
-    return [_mean(values[_within(len(values), *block) & ~np.isnan(values)]) for values, block in pairs]
+def _block_means(score: SpinalScore) -> tuple[list[float], list[float]]:
+    """Mean α and mean ℒ in T of either model, over the layers that `alignment` takes, so that they differ by it."""
+    alphas = np.stack([_array(score.base.alphas), _array(score.tuned.alphas)])
+    transport = np.stack([_array(score.base.transport), _array(score.tuned.transport)])
+    held = _within(alphas.shape[1], *score.base.block) & ~np.isnan(alphas).any(0)
+    steps = _within(transport.shape[1], *score.base.block)
+    unknown = math.isnan(score.alignment.contraction)
+    return [math.nan if unknown else _mean(row[held]) for row in alphas], [_mean(row[steps]) for row in transport]
 
 
 def _within(length: int, first: int, last: int) -> NDArray[np.bool_]:

@@ -116,10 +116,9 @@ class SpinalTrace(Diagnosis):
     def tables(self) -> list[Table]:
         """The trace, layer by layer."""
         first, last = self.block
-        energy = [] if self.gradients is None else self.gradients.energy
         rows: list[list[Cell]] = []
         for layer, fit in enumerate(self.contraction):
-            share = energy[layer - 1] / max(math.fsum(energy), 1e-300) if energy and layer else None
+            share = self.gradients.share(layer, layer) if self.gradients is not None and layer else None
             moved = self.transport[layer] if layer < len(self.transport) else None
             mark = "T" if first <= layer <= last else ""
             rows.append([layer, mark, fit.alpha, fit.r2, fit.points, moved, share, fit.reason])
