@@ -111,7 +111,7 @@ class Forgetting(Diagnosis):
         )
         yield Table("Quartiles of g", head, [_cells(q) for q in self.quartiles], note)
         rows: list[list[Cell]] = [
-            [c.stage, c.previous, len(c.cosines), _mean(c.cosines), _mean(c.agreement)] for c in self.conflicts
+            [c.stage, c.previous, len(_finite(c.cosines)), _mean(c.cosines), _mean(c.agreement)] for c in self.conflicts
         ]
         head = ["stage", "previous", "measured", "mean cosine", "halves of the previous batch"]
         note = "Two halves of one held-out batch show how far noise alone lowers a cosine."
@@ -140,8 +140,14 @@ def _cells(row: Standing | Change | Quartile | Movement) -> list[Cell]:
     return list(vars(row).values())
 
 
+def _finite(values: Sequence[float]) -> list[float]:
+    """Without the steps at which a gradient was zero or overflowed."""
+    return [value for value in values if math.isfinite(value)]
+
+
 def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else math.nan
+    found = _finite(values)
+    return sum(found) / len(found) if found else math.nan
 
 
 # ---- the function ----------------------------------------------------------------------------------------------------
