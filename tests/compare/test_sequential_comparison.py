@@ -207,6 +207,18 @@ def test_saves_reads_prints_and_draws(settings: Any, result: SequentialResult, t
         SequentialResult.load(tmp_path / "other.json")
 
 
+def test_gradients_are_reported_by_earlier_objective(result: SequentialResult) -> None:
+    """Two that cancel, and steps at which there is no number."""
+    conflicts = [
+        {"previous": name, "cosine": cosine, "agreement": 0.25, "step": 0, "projected": False}
+        for name, cosine in (("kind", 0.5), ("curt", -0.5), ("kind", math.nan), ("kind", 0.3), ("curt", None))
+    ]
+    stage = {**result.stages[0], "trained": ["kind", "curt", "new"], "conflicts": conflicts}
+    stage["movement"] = {"relative": math.nan, "cosine": None}
+    line = next(line for line in markdown(replace(result, stages=[stage])).splitlines() if "kind → curt → new" in line)
+    assert "kind: +0.400 (2; +0.250); curt: -0.500 (1; +0.250) | – | – |" in line
+
+
 def test_a_run_goes_on_where_it_was(settings: Any, result: SequentialResult, tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime for path in Path(settings.output).rglob("*.safetensors")}
     again = run(settings, 1, Console(file=(tmp_path / "out.txt").open("w")))
