@@ -186,8 +186,20 @@ def test_held_out_pairs_of_conflicts_are_neither_trained_nor_scored_on(settings:
     scored = {json.dumps(row) for row in read_pairs(settings.test_set("kind"))[:4]}
     assert len(found) == 4
     assert not found & (train | scored)
-    with pytest.raises(ValueError, match="'kind' has 0 pairs that are neither trained nor scored on"):
+    with pytest.raises(ValueError, match="'kind' has 0 pairs that no axis is trained or scored on"):
         conflict_pairs(replace(settings, heldout=8), 0, "kind")
+
+
+def test_held_out_pairs_of_conflicts_are_of_no_other_axis_either(settings: Any, pairs: Any, tmp_path: Path) -> None:
+    """The second axis trains on pairs that are held out for the first one, with the answers exchanged."""
+    axes = write_axes(tmp_path, pairs)
+    rows = [json.loads(line) for line in (tmp_path / "kind" / "test.jsonl").read_text().splitlines()][4:6]
+    turned = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
+    (tmp_path / "curt" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in turned))
+    found = conflict_pairs(replace(settings, axes=axes, conflict_pairs=2), 0, "kind")
+    prompts = [row["prompt"] for row in found]
+    assert len(found) == 2
+    assert not any(row["prompt"] in prompts for row in rows)
 
 
 def test_saves_reads_prints_and_draws(settings: Any, result: SequentialResult, tmp_path: Path) -> None:
