@@ -236,7 +236,12 @@ class ConflictAware(DPOTrainer):
         """The gradients of a previous objective on the two halves of a batch drawn for this step."""
         data, size = self._previous[name], self.args.conflict_batch_size
         rows = random.Random(f"{self.args.seed} {self.state.global_step} {name}").sample(range(len(data)), size)
-        return [self._gradient(model, trained, [data[row] for row in part]) for part in (rows[::2], rows[1::2])]
+        try:
+            return [self._gradient(model, trained, [data[row] for row in part]) for part in (rows[::2], rows[1::2])]
+        except FloatingPointError as error:
+            raise FloatingPointError(
+                f"On held-out pairs {sorted(rows)} of the previous objective {name!r}, as tokenized: {error}"
+            ) from None
 
     def _gradient(self, model: nn.Module, trained: Sequence[nn.Parameter], rows: list[Any]) -> Gradient:
         """∂L/∂θ of a batch; the gradients that are being accumulated stay as they are."""
@@ -248,6 +253,8 @@ class ConflictAware(DPOTrainer):
                 inputs = self._prepare_inputs(self.data_collator(rows))
                 with self.maybe_activation_offload_context, self.compute_loss_context_manager():
                     loss = self.compute_loss(model, inputs)
+                if not bool(torch.isfinite(loss).all()):
+                    raise FloatingPointError(f"The loss is {float(loss.detach())} at step {self.state.global_step}.")
                 self.accelerator.backward(loss)
             return [_or_zero(p.grad, p) for p in trained]
         finally:

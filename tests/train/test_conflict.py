@@ -222,6 +222,19 @@ def test_what_is_not_the_base_is_not_taken_for_the_reference(make: Any) -> None:
             make(model=model)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_loss_that_is_no_number_names_the_objective(
+    kind: str, make: Any, pairs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And leaves the step's own gradients where they were."""
+    trainer, losses = make(kind, shaken=True, previous={"help": pairs}), iter((1.0, math.nan))
+    compute = DPOTrainer.compute_loss
+    monkeypatch.setattr(DPOTrainer, "compute_loss", lambda *args, **kwargs: compute(*args, **kwargs) * next(losses))
+    with pytest.raises(FloatingPointError, match=r"On held-out pairs \[0, .*\] of the previous objective 'help'.* nan"):
+        trainer.train()
+    assert any(p.grad is not None and bool(p.grad.any()) for p in trainer.model.parameters())
+
+
 # ---- projection ------------------------------------------------------------------------------------------------------
 
 PLAIN_STEP: dict[str, Any] = {
