@@ -275,6 +275,14 @@ def test_differs_at_the_five_percent_of_the_tables() -> None:
     assert not differs(5.0, math.nan, pairs=1)
 
 
+def test_what_a_stage_trains_is_not_printed_as_transfer() -> None:
+    base = torch.linspace(-1, 1, 40, dtype=torch.float64)
+    wave = 0.1 * torch.cos(math.pi * torch.arange(40)).double()
+    result = two_stages(base, base + 0.5 + wave, base + 1.0)
+    rows = next(table.rows for table in result.tables() if table.title.startswith("Pair by pair"))
+    assert [(row[3], row[-1]) for row in rows[:2]] == [("trained", None), ("previous", "positive transfer")]
+
+
 # ---- what it prints, saves and draws ---------------------------------------------------------------------------------
 
 

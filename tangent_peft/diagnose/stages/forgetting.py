@@ -103,7 +103,9 @@ class Forgetting(Diagnosis):
         yield Table("Transfer matrix", head, [_cells(s) for s in self.standings], note)
         head = ["objective", "from", "to", "role", "pairs", "Δm", "± s.e.", "ΔP(m > 0)", "Δg", "± s.e."]
         head += ["improved", "lost", "gained", "pattern"]
-        yield Table("Pair by pair, from stage to stage", head, [_cells(c) for c in self.changes])
+        changes = [[*_cells(c)[:-1], None if c.role == "trained" else c.pattern] for c in self.changes]
+        note = "Patterns are of objectives that the stage does not train."
+        yield Table("Pair by pair, from stage to stage", head, changes, note)
         head = ["objective", "from", "to", "ranked by", "quartile", "pairs", "g from", "g to", "Δg", "± s.e."]
         head += ["improved", "lost", "gained"]
         note = (

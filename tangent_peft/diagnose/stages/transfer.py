@@ -80,7 +80,7 @@ class Change:
         improved: share of pairs whose g rises.
         lost: share of pairs whose g goes from above 0 to below.
         gained: share of pairs whose g goes from below 0 to above.
-        pattern: what to call it; see `pattern_of`.
+        pattern: what to call it; see `pattern_of`. Means little of an objective that the stage trains.
     """
 
     objective: str
