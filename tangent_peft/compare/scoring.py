@@ -51,6 +51,12 @@ class HeldOut:
     sign: dict[str, list[int]]
 
 
+def pair_key(row: Row) -> str:
+    """What two rows have in common that are one pair, in either order of the answers."""
+    prompt, *answers = (json.dumps(row[name]) for name in ("prompt", "chosen", "rejected"))
+    return json.dumps([prompt, *sorted(answers)])
+
+
 def held_out(settings: Settings) -> HeldOut:
     """The first `heldout` test pairs of each axis."""
     found: dict[str, int] = {}
@@ -60,8 +66,7 @@ def held_out(settings: Settings) -> HeldOut:
     for axis in settings.axes:
         index[axis], sign[axis] = [], []
         for row in read_pairs(settings.test_set(axis))[: settings.heldout]:
-            prompt, *answers = (json.dumps(row[name]) for name in ("prompt", "chosen", "rejected"))
-            key = json.dumps([prompt, *sorted(answers)])
+            key = pair_key(row)
             if key not in found:
                 found[key] = len(pairs)
                 pairs.append(row)

@@ -7,7 +7,6 @@ train its adapter on. All are scored on the same held-out pairs, in the same way
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from datasets import Dataset
 from peft import PeftConfig
 
 from tangent_peft.compare.run import Report, claim, environment, run_jobs
-from tangent_peft.compare.scoring import held_out
+from tangent_peft.compare.scoring import held_out, pair_key
 from tangent_peft.compare.sequential_result import SequentialResult, collect
 from tangent_peft.compare.sequential_settings import EVALUATED, SequentialSettings, stage_name
 from tangent_peft.compare.sources import Adapters, Scored, score, score_adapters, score_file
@@ -121,18 +120,22 @@ def run_later_stage(settings: SequentialSettings, seed: int, method: str, traine
 
 
 def conflict_pairs(settings: SequentialSettings, seed: int, axis: str) -> list[Row]:
-    """Pairs of an axis that it is neither trained nor scored on, for its gradient in later stages.
+    """Pairs of an axis that no axis is trained or scored on, for its gradient in later stages.
+
+    Axes may have pairs in common, the other way around even, and a step's gradient would then be compared with itself.
 
     Raises:
         ValueError: if there are fewer than `conflict_pairs`.
     """
-    drawn = training_pairs(settings, Training("ts_dpo", single_name("ts_dpo", axis), {axis: 1.0}, seed))
-    used = {json.dumps(row) for row in [*drawn, *read_pairs(settings.test_set(axis))[: settings.heldout]]}
+    used = set()
+    for one in settings.axes:
+        drawn = training_pairs(settings, Training("ts_dpo", single_name("ts_dpo", one), {one: 1.0}, seed))
+        used |= {pair_key(row) for row in [*drawn, *read_pairs(settings.test_set(one))[: settings.heldout]]}
     rows = [*read_pairs(settings.test_set(axis))[settings.heldout :], *read_pairs(settings.training_set(axis))]
-    found = [row for row in rows if json.dumps(row) not in used]
+    found = [row for row in rows if pair_key(row) not in used]
     if len(found) < settings.conflict_pairs:
         raise ValueError(
-            f"Axis {axis!r} has {len(found)} pairs that are neither trained nor scored on, fewer than "
+            f"Axis {axis!r} has {len(found)} pairs that no axis is trained or scored on, fewer than "
             f"`conflict_pairs={settings.conflict_pairs}`, on which its gradient is measured. Lower `conflict_pairs` or "
             "`heldout`, or give more pairs."
         )

@@ -28,7 +28,8 @@ class SequentialSettings(Settings):
         combined: λ of the objectives, in the order of `axes`, at which the ones trained apart are combined.
         conflict_steps: gradients are compared at the first step of a later stage and every so many.
         conflict_pairs: held-out pairs of each earlier objective per comparison of gradients, an even number. They are
-            pairs of the test split that are not scored, and pairs of the training split that were not drawn.
+            pairs of the test split that are not scored, and pairs of the training split that were not drawn, of any
+            objective.
         project_conflicts: PCGrad in later stages.
     """
 

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from accelerate.utils import DistributedType
 from datasets import Dataset
-from peft import PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from torch import Tensor, nn
 from trl import DPOConfig, DPOTrainer
 
@@ -39,6 +39,7 @@ from tangent_peft.tuner.movement import Deltas, Movement, adapter_deltas, moveme
 
 
 log = logging.getLogger(__name__)
+CHANGE_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")  # ways of starting a LoRA, as PEFT names them
 
 
 # ---- configuration ---------------------------------------------------------------------------------------------------
@@ -125,8 +126,9 @@ class ConflictAware(DPOTrainer):
         kwargs: of the trainer; its `args` must be one of the two configurations above.
 
     Raises:
-        ValueError: for a model without an adapter that trains, a `ref_model`, data that is streamed or too small, a
-            distributed engine, or `project_conflicts` without a previous objective.
+        ValueError: for a model without an adapter that trains, a `ref_model`, an adapter under which the base is not
+            the reference (see `check_base_is_reference`), data that is streamed or too small, a distributed engine, or
+            `project_conflicts` without a previous objective.
     """
 
     args: Any
@@ -168,8 +170,10 @@ class ConflictAware(DPOTrainer):
             )
         if self.ref_model is not None:
             raise ValueError("`ref_model` is given, but the reference is the base at every stage. Leave it out.")
-        if not any(p.requires_grad for p in self.model.parameters()):
+        trained = [name for name, p in self.model.named_parameters() if p.requires_grad]
+        if not trained:
             raise ValueError("No parameter of the adapter trains. Load it with `is_trainable=True`.")
+        check_base_is_reference(self.model, trained)
 
     def _prepared(self, name: str, data: Dataset) -> Dataset:
         size = self.args.conflict_batch_size
@@ -232,7 +236,12 @@ class ConflictAware(DPOTrainer):
         """The gradients of a previous objective on the two halves of a batch drawn for this step."""
         data, size = self._previous[name], self.args.conflict_batch_size
         rows = random.Random(f"{self.args.seed} {self.state.global_step} {name}").sample(range(len(data)), size)
-        return [self._gradient(model, trained, [data[row] for row in part]) for part in (rows[::2], rows[1::2])]
+        try:
+            return [self._gradient(model, trained, [data[row] for row in part]) for part in (rows[::2], rows[1::2])]
+        except FloatingPointError as error:
+            raise FloatingPointError(
+                f"On held-out pairs {sorted(rows)} of the previous objective {name!r}, as tokenized: {error}"
+            ) from None
 
     def _gradient(self, model: nn.Module, trained: Sequence[nn.Parameter], rows: list[Any]) -> Gradient:
         """∂L/∂θ of a batch; the gradients that are being accumulated stay as they are."""
@@ -244,6 +253,8 @@ class ConflictAware(DPOTrainer):
                 inputs = self._prepare_inputs(self.data_collator(rows))
                 with self.maybe_activation_offload_context, self.compute_loss_context_manager():
                     loss = self.compute_loss(model, inputs)
+                if not bool(torch.isfinite(loss).all()):
+                    raise FloatingPointError(f"The loss is {float(loss.detach())} at step {self.state.global_step}.")
                 self.accelerator.backward(loss)
             return [_or_zero(p.grad, p) for p in trained]
         finally:
@@ -275,6 +286,40 @@ class ConflictAware(DPOTrainer):
             measured = {"moved": found.moved, "relative": found.relative, "cosine": found.cosine}
             logs |= {f"movement/{name}": value for name, value in measured.items() if math.isfinite(value)}
         super().log(logs, start_time)
+
+
+def check_base_is_reference(model: PeftModel, trained: Sequence[str]) -> None:
+    """Raises where switching the adapter off does not give the base back, from which the reference is read.
+
+    Args:
+        model: with one active adapter.
+        trained: names of the parameters that train.
+
+    Raises:
+        ValueError: for an adapter named "ref", to which TRL refers instead; several active adapters; weights that train
+            outside the adapter, such as biases; a LoRA that was taken out of the base's weights.
+    """
+    active = model.active_adapters
+    if len(active) != 1:
+        raise ValueError(f"The adapters {active} are active; a stage trains one. Call `model.set_adapter(name)`.")
+    if "ref" in model.peft_config:
+        raise ValueError(
+            "The model has an adapter named 'ref', which `trl.DPOTrainer` adds, and to which TRL would refer instead "
+            "of the base. Call `model.delete_adapter('ref')`, or load the adapter anew."
+        )
+    outside = [name for name in trained if f".{active[0]}." not in f"{name}."]
+    if outside:
+        raise ValueError(
+            f"{len(outside)} parameters outside the adapter {active[0]!r} train, for example {outside[0]!r}, so the "
+            "base would not stay the reference. Freeze them; a LoRA with `bias` other than 'none' trains the base's."
+        )
+    config: Any = model.peft_config[active[0]]
+    start = config.init_lora_weights if isinstance(config, LoraConfig) else None
+    if isinstance(start, str) and start.lower().startswith(CHANGE_THE_BASE):
+        raise ValueError(
+            f"`init_lora_weights={start!r}` takes the LoRA's start out of the base's weights, and what is left of them "
+            "would be the reference. Use `init_lora_weights=True`."
+        )
 
 
 def _or_zero(gradient: Tensor | None, parameter: nn.Parameter) -> Tensor:

@@ -21,6 +21,7 @@ from tangent_peft.tuner.weights import TangentFactors
 
 
 Deltas: TypeAlias = dict[str, TangentFactors]
+NOISE = 1e-6  # ‖Δ₂ − Δ₁‖/‖Δ₁‖ below which rounding in float64 decides the direction
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Movement:
         norm_after: ‖Δ₂‖.
         moved: ‖Δ₂ − Δ₁‖, to about 1e-8 of the norms.
         relative: ‖Δ₂ − Δ₁‖ / ‖Δ₁‖; NaN for Δ₁ = 0.
-        cosine: cos(Δ₂ − Δ₁, Δ₁); NaN where either is 0.
+        cosine: cos(Δ₂ − Δ₁, Δ₁); NaN where either is 0, or Δ₂ − Δ₁ too small against Δ₁ to have a direction.
     """
 
     norm_before: float
@@ -92,7 +93,8 @@ def _lora_factors(name: str, layer: LoraLayer, adapter: str) -> Deltas:
             f"The LoRA {adapter!r} on {name!r} is a {kind}, whose ΔW is not B·A. Movement is measured of plain LoRA "
             "on linear and embedding layers."
         )
-    return {name: _copied(TangentFactors(b=layer.scaling[adapter] * up.weight, a=down.weight))}
+    b = layer.scaling[adapter] * up.weight.float()  # the product would be rounded to a LoRA's own bfloat16
+    return {name: _copied(TangentFactors(b=b, a=down.weight))}
 
 
 def _copied(factors: TangentFactors) -> TangentFactors:
@@ -126,5 +128,5 @@ def movement(before: Mapping[str, TangentFactors], after: Mapping[str, TangentFa
         norm_after=math.sqrt(second),
         moved=moved,
         relative=moved / norm if norm else math.nan,
-        cosine=(both - first) / (moved * norm) if moved and norm else math.nan,
+        cosine=(both - first) / (moved * norm) if norm and moved > NOISE * norm else math.nan,
     )

@@ -186,8 +186,20 @@ def test_held_out_pairs_of_conflicts_are_neither_trained_nor_scored_on(settings:
     scored = {json.dumps(row) for row in read_pairs(settings.test_set("kind"))[:4]}
     assert len(found) == 4
     assert not found & (train | scored)
-    with pytest.raises(ValueError, match="'kind' has 0 pairs that are neither trained nor scored on"):
+    with pytest.raises(ValueError, match="'kind' has 0 pairs that no axis is trained or scored on"):
         conflict_pairs(replace(settings, heldout=8), 0, "kind")
+
+
+def test_held_out_pairs_of_conflicts_are_of_no_other_axis_either(settings: Any, pairs: Any, tmp_path: Path) -> None:
+    """The second axis trains on pairs that are held out for the first one, with the answers exchanged."""
+    axes = write_axes(tmp_path, pairs)
+    rows = [json.loads(line) for line in (tmp_path / "kind" / "test.jsonl").read_text().splitlines()][4:6]
+    turned = [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
+    (tmp_path / "curt" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in turned))
+    found = conflict_pairs(replace(settings, axes=axes, conflict_pairs=2), 0, "kind")
+    prompts = [row["prompt"] for row in found]
+    assert len(found) == 2
+    assert not any(row["prompt"] in prompts for row in rows)
 
 
 def test_saves_reads_prints_and_draws(settings: Any, result: SequentialResult, tmp_path: Path) -> None:
@@ -205,6 +217,18 @@ def test_saves_reads_prints_and_draws(settings: Any, result: SequentialResult, t
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(ValueError, match="its `format` is not"):
         SequentialResult.load(tmp_path / "other.json")
+
+
+def test_gradients_are_reported_by_earlier_objective(result: SequentialResult) -> None:
+    """Two that cancel, and steps at which there is no number."""
+    conflicts = [
+        {"previous": name, "cosine": cosine, "agreement": 0.25, "step": 0, "projected": False}
+        for name, cosine in (("kind", 0.5), ("curt", -0.5), ("kind", math.nan), ("kind", 0.3), ("curt", None))
+    ]
+    stage = {**result.stages[0], "trained": ["kind", "curt", "new"], "conflicts": conflicts}
+    stage["movement"] = {"relative": math.nan, "cosine": None}
+    line = next(line for line in markdown(replace(result, stages=[stage])).splitlines() if "kind → curt → new" in line)
+    assert "kind: +0.400 (2; +0.250); curt: -0.500 (1; +0.250) | – | – |" in line
 
 
 def test_a_run_goes_on_where_it_was(settings: Any, result: SequentialResult, tmp_path: Path) -> None:

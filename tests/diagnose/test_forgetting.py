@@ -15,7 +15,7 @@ from scipy import stats
 from torch import Tensor
 
 from tangent_peft.diagnose.stages.forgetting import Conflict, Forgetting, forgetting
-from tangent_peft.diagnose.stages.transfer import ObjectiveScores, differs, student_within
+from tangent_peft.diagnose.stages.transfer import ObjectiveScores, contrast, differs, student_within
 from tangent_peft.evaluate.pairs import pair_batch
 from tangent_peft.evaluate.preferences import pair_logps
 from tangent_peft.tuner.movement import Movement
@@ -197,6 +197,69 @@ def test_patterns(shift: float, slope: float, pattern: str) -> None:
     assert result.forgotten()[0].pattern == pattern
 
 
+def test_a_shift_that_all_pairs_share_is_not_called_unlike() -> None:
+    """All pairs fall by 0.5: every quartile differs from 0, and none from the others."""
+    base = torch.linspace(-1, 1, 40, dtype=torch.float64)
+    wave = 0.1 * torch.cos(math.pi * torch.arange(40)).double()
+    result = two_stages(base, base, base - 0.5 + wave)
+    lines = [verdict for verdict in result.verdicts() if "Δg by g after" in verdict.text]
+    assert [line.finding for line in lines] == ["fine"]
+    planted = two_stages(base, base, base - 0.5 * base + wave)
+    assert any("moved unlike" in verdict.text for verdict in planted.verdicts())
+
+
+def test_longer_answers_alone_are_no_redistribution() -> None:
+    """Δm is 0 on average, Δg is 0.3 in every pair: a shift of g that all have alike, and no quartile of its own."""
+    base = torch.linspace(-1, 1, 40, dtype=torch.float64)
+    reference = torch.stack([4 * base, torch.zeros(40, dtype=torch.float64)], 1)
+    lengths = torch.tensor([[4, 8]]).repeat(40, 1)
+    wave = 0.1 * torch.cos(math.pi * torch.arange(40)).double()
+    gain = torch.stack([2.4 + wave, torch.full((40,), 2.4, dtype=torch.float64)], 1)  # Δm = wave, Δg = 0.3 + wave / 4
+    scores = {name: ObjectiveScores(reference, [reference, reference + gain], lengths) for name in "ab"}
+    result = forgetting(scores, ["a", "b"], BETA)
+    assert quartile_changes(result, "base") == pytest.approx([0.3] * 4, abs=1e-9)
+    assert result.forgotten()[0].pattern == "stability"
+
+
+def test_rises_at_the_top_are_not_laid_to_regression() -> None:
+    """What stands high after the first stage rises: noise would let it fall."""
+    generator = torch.Generator().manual_seed(0)
+    base, step = torch.randn(2, 400, generator=generator, dtype=torch.float64)
+    step = step - (step @ base / (base @ base)) * base
+    result = two_stages(base, base + step, base + 1.5 * step)
+    line = next(verdict for verdict in result.verdicts() if "Δg by g after" in verdict.text)
+    assert line.finding == "warning"
+    assert "not as regression to the mean would have it" in line.text
+
+
+def test_contrasts_are_welchs(random: Any) -> None:
+    scores, result = random
+    _, g = by_hand(scores["help"])
+    order = sorted(range(13), key=lambda i: g[0][i])
+    steps = [g[2][i] - g[1][i] for i in order]
+    found = [q for q in result.quartiles if q.objective == "help" and q.ranked_by == "base"]
+    mean, error, pairs = contrast([found[0]], found[1:])
+    expected = stats.ttest_ind(steps[:4], steps[4:], equal_var=False)
+    assert mean / error == pytest.approx(expected.statistic)
+    assert pairs - 1 == math.floor(expected.df)
+
+
+def test_gradients_whose_sign_changes_are_not_called_a_conflict() -> None:
+    scores = {name: random_scores(9, 2, 0) for name in ("a", "b")}
+
+    def line(cosines: list[float]) -> Any:
+        result = forgetting(scores, ["a", "b"], BETA, [Conflict("b", "a", cosines)])
+        rows = next(table.rows for table in result.tables() if table.title.startswith("Gradients"))
+        return rows[0], next(verdict for verdict in result.verdicts() if verdict.text.startswith("Gradients"))
+
+    assert line([-0.9, 0.5])[1].finding == "unknown"
+    assert line([-0.9])[1].finding == "unknown"
+    assert line([-0.9, -0.8, -0.85])[1].finding == "warning"
+    row, verdict = line([0.8, math.nan, 0.9, 0.85])
+    assert row[2:4] == [3, pytest.approx(0.85)]
+    assert verdict.finding == "fine"
+
+
 @pytest.mark.parametrize("freedom", [1, 2, 3, 4, 5, 8, 23, 100, 999, 5000])
 @pytest.mark.parametrize("t", [0.0, 0.3, 1.0, 2.0, 3.7, 12.0])
 def test_student_as_scipy(t: float, freedom: int) -> None:
@@ -210,6 +273,14 @@ def test_differs_at_the_five_percent_of_the_tables() -> None:
     assert differs(-3.82, 1.0, pairs=6, tests=4)  # t(5) at 1.25 % = 3.810
     assert not differs(3.80, 1.0, pairs=6, tests=4)
     assert not differs(5.0, math.nan, pairs=1)
+
+
+def test_what_a_stage_trains_is_not_printed_as_transfer() -> None:
+    base = torch.linspace(-1, 1, 40, dtype=torch.float64)
+    wave = 0.1 * torch.cos(math.pi * torch.arange(40)).double()
+    result = two_stages(base, base + 0.5 + wave, base + 1.0)
+    rows = next(table.rows for table in result.tables() if table.title.startswith("Pair by pair"))
+    assert [(row[3], row[-1]) for row in rows[:2]] == [("trained", None), ("previous", "positive transfer")]
 
 
 # ---- what it prints, saves and draws ---------------------------------------------------------------------------------

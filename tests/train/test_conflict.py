@@ -200,6 +200,41 @@ def test_trl_itself_would_refer_to_the_first_stage(tmp_path: Path, tokenizer: An
     assert logged(trainer, "loss")[1] == pytest.approx(math.log(2), abs=1e-4)
 
 
+def test_what_is_not_the_base_is_not_taken_for_the_reference(make: Any) -> None:
+    def lora(family: str, **options: Any) -> Any:
+        return get_peft_model(build(family), LoraConfig(task_type="CAUSAL_LM", r=2, **options))
+
+    cloned = adapted("lora", shaken=True)  # as `trl.DPOTrainer` leaves a model
+    cloned.add_adapter("ref", cloned.peft_config["default"])
+    several = adapted("lora", shaken=True)
+    several.add_adapter("second", several.peft_config["default"])
+    several.base_model.set_adapter(["default", "second"])
+    opened = adapted("lora", shaken=True)
+    opened.get_base_model().model.norm.weight.requires_grad_(True)
+    for model, message in (
+        (cloned, "an adapter named 'ref'"),
+        (several, "\\['default', 'second'\\] are active"),
+        (opened, "1 parameters outside the adapter 'default' train, for example '.*norm.weight'"),
+        (lora("gpt2", target_modules=["c_attn"], bias="all", fan_in_fan_out=True), "outside the adapter 'default'"),
+        (lora("llama", target_modules=["q_proj"], init_lora_weights="pissa"), "`init_lora_weights='pissa'`"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make(model=model)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_loss_that_is_no_number_names_the_objective(
+    kind: str, make: Any, pairs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And leaves the step's own gradients where they were."""
+    trainer, losses = make(kind, shaken=True, previous={"help": pairs}), iter((1.0, math.nan))
+    compute = DPOTrainer.compute_loss
+    monkeypatch.setattr(DPOTrainer, "compute_loss", lambda *args, **kwargs: compute(*args, **kwargs) * next(losses))
+    with pytest.raises(FloatingPointError, match=r"On held-out pairs \[0, .*\] of the previous objective 'help'.* nan"):
+        trainer.train()
+    assert any(p.grad is not None and bool(p.grad.any()) for p in trainer.model.parameters())
+
+
 # ---- projection ------------------------------------------------------------------------------------------------------
 
 PLAIN_STEP: dict[str, Any] = {

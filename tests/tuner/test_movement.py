@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tangent_peft import TangentConfig
 from tangent_peft.tuner.movement import adapter_deltas, movement
+from tangent_peft.tuner.weights import TangentFactors
 
 
 CONFIGS = {
@@ -109,3 +110,27 @@ def test_what_has_no_factors_is_named() -> None:
     tangent = get_peft_model(build("llama"), CONFIGS["shared"])
     with pytest.raises(ValueError, match="not of the same layers"):
         movement(adapter_deltas(lora, "default"), adapter_deltas(tangent, "default"))
+
+
+def test_factors_of_a_bfloat16_lora_are_scaled_in_float32() -> None:
+    """rsLoRA scales by α/√r, which is no power of two."""
+    config = LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=3, use_rslora=True, target_modules=["q_proj"])
+    model = get_peft_model(build("llama").bfloat16(), config, autocast_adapter_dtype=False)
+    shake(model)
+    found = adapter_deltas(model, "default")
+    for name, module in model.named_modules():
+        if name in found:
+            up: Any = module.lora_B["default"].weight
+            assert up.dtype == torch.bfloat16
+            torch.testing.assert_close(found[name].b, up.float() * (3 / math.sqrt(8)), rtol=1e-6, atol=0)
+
+
+def test_a_step_lost_in_rounding_has_no_direction() -> None:
+    model = get_peft_model(build("llama"), CONFIGS["lora"])
+    shake(model)
+    before = adapter_deltas(model, "default")
+    after: dict[str, Any] = {}
+    for name, x in before.items():
+        assert x.b is not None
+        after[name] = TangentFactors(b=x.b.double() * (1 + 1e-9), a=x.a)
+    assert math.isnan(movement(before, after).cosine)

@@ -103,7 +103,9 @@ class Forgetting(Diagnosis):
         yield Table("Transfer matrix", head, [_cells(s) for s in self.standings], note)
         head = ["objective", "from", "to", "role", "pairs", "Δm", "± s.e.", "ΔP(m > 0)", "Δg", "± s.e."]
         head += ["improved", "lost", "gained", "pattern"]
-        yield Table("Pair by pair, from stage to stage", head, [_cells(c) for c in self.changes])
+        changes = [[*_cells(c)[:-1], None if c.role == "trained" else c.pattern] for c in self.changes]
+        note = "Patterns are of objectives that the stage does not train."
+        yield Table("Pair by pair, from stage to stage", head, changes, note)
         head = ["objective", "from", "to", "ranked by", "quartile", "pairs", "g from", "g to", "Δg", "± s.e."]
         head += ["improved", "lost", "gained"]
         note = (
@@ -111,7 +113,7 @@ class Forgetting(Diagnosis):
         )
         yield Table("Quartiles of g", head, [_cells(q) for q in self.quartiles], note)
         rows: list[list[Cell]] = [
-            [c.stage, c.previous, len(c.cosines), _mean(c.cosines), _mean(c.agreement)] for c in self.conflicts
+            [c.stage, c.previous, len(_finite(c.cosines)), _mean(c.cosines), _mean(c.agreement)] for c in self.conflicts
         ]
         head = ["stage", "previous", "measured", "mean cosine", "halves of the previous batch"]
         note = "Two halves of one held-out batch show how far noise alone lowers a cosine."
@@ -140,8 +142,14 @@ def _cells(row: Standing | Change | Quartile | Movement) -> list[Cell]:
     return list(vars(row).values())
 
 
+def _finite(values: Sequence[float]) -> list[float]:
+    """Without the steps at which a gradient was zero or overflowed."""
+    return [value for value in values if math.isfinite(value)]
+
+
 def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else math.nan
+    found = _finite(values)
+    return sum(found) / len(found) if found else math.nan
 
 
 # ---- the function ----------------------------------------------------------------------------------------------------

@@ -80,7 +80,7 @@ class Change:
         improved: share of pairs whose g rises.
         lost: share of pairs whose g goes from above 0 to below.
         gained: share of pairs whose g goes from below 0 to above.
-        pattern: what to call it; see `pattern_of`.
+        pattern: what to call it; see `pattern_of`. Means little of an objective that the stage trains.
     """
 
     objective: str
@@ -192,7 +192,7 @@ class Followed:
     def standings(self) -> list[Standing]:
         """At the base and after every stage."""
         return [
-            Standing(self.objective, name, *_mean_and_error(m), _wins(m), float(g.mean()), _wins(g))
+            Standing(self.objective, name, *mean_and_error(m), _wins(m), float(g.mean()), _wins(g))
             for name, m, g in zip(self.names, self.m, self.g, strict=True)
         ]
 
@@ -201,11 +201,11 @@ class Followed:
         found = []
         for after in range(1, len(self.names)):
             (m0, m1), (g0, g1) = self.m[after - 1 : after + 1], self.g[after - 1 : after + 1]
-            margin, error = _mean_and_error(m1 - m0)
+            margin, error = mean_and_error(m1 - m0)
             label = (self.objective, self.names[after - 1], self.names[after])
             of_base = [q for q in quartiles if q.after == self.names[after] and q.ranked_by == "base"]
             pattern = pattern_of(margin, error, len(m0), of_base)
-            policy = (*_mean_and_error(g1 - g0), *_flips(g0, g1))
+            policy = (*mean_and_error(g1 - g0), *_flips(g0, g1))
             found.append(
                 Change(*label, self._role(after), len(m0), margin, error, _wins(m1) - _wins(m0), *policy, pattern)
             )
@@ -228,12 +228,13 @@ class Followed:
                         yield Quartile(*label, len(rows), *[math.nan] * 7)
                         continue
                     ends = float(key[rows].min()), float(key[rows].max())
-                    change = _mean_and_error((g1 - g0)[rows])
+                    change = mean_and_error((g1 - g0)[rows])
                     yield Quartile(*label, len(rows), *ends, *change, *_flips(g0[rows], g1[rows]))
 
 
-def _mean_and_error(values: Tensor) -> tuple[float, float]:
+def mean_and_error(values: Tensor | Sequence[float]) -> tuple[float, float]:
     """Mean of values (N,) and its standard error; NaN for one value."""
+    values = torch.as_tensor(values, dtype=torch.float64)
     error = float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return float(values.mean()), error
 
@@ -260,16 +261,47 @@ def pattern_of(margin: float, error: float, pairs: int, quartiles: Sequence[Quar
 
     Returns:
         `"partial degradation"` and `"positive transfer"` where the mean differs from 0 (see `differs`);
-        `"redistribution"` where it does not, but the mean change of g of some quartile does, tested as one of four;
+        `"redistribution"` where it does not, but the mean change of g of some quartile differs from that of the other
+        three, tested as one of four; a change that all quartiles have alike is none;
         else `"stability"`, or `"unknown"` for fewer than two pairs.
     """
     if not math.isfinite(error):
         return "unknown"
     if differs(margin, error, pairs):
         return "positive transfer" if margin > 0 else "partial degradation"
-    if any(differs(q.change, q.error, q.pairs, tests=4) for q in quartiles):
+    if any(differs(*contrast([q], [r for r in quartiles if r is not q]), tests=4) for q in quartiles):
         return "redistribution"
     return "stability"
+
+
+def contrast(first: Sequence[Quartile], second: Sequence[Quartile]) -> tuple[float, float, int]:
+    """By how much more some quartiles change than others, for `differs`: Welch's t-test of two means.
+
+    Args:
+        first: some quartiles of one change and ranking.
+        second: others of them.
+
+    Returns:
+        Mean change of g of the pairs in the first minus that of the pairs in the second; its standard error; and how
+        many pairs a paired test of so many degrees of freedom has (Welch–Satterthwaite, rounded down).
+    """
+    (mean, error, count), (other, other_error, others) = _pooled(first), _pooled(second)
+    squares = error**2, other_error**2
+    total = sum(squares)
+    if not total > 0.0:
+        return mean - other, math.sqrt(total), count + others - 1
+    freedom = total**2 / (squares[0] ** 2 / (count - 1) + squares[1] ** 2 / (others - 1))
+    return mean - other, math.sqrt(total), math.floor(freedom + 1e-9) + 1
+
+
+def _pooled(quartiles: Sequence[Quartile]) -> tuple[float, float, int]:
+    """Mean change of the pairs of several quartiles, its standard error, and their number."""
+    count = sum(q.pairs for q in quartiles)
+    if count < 2:
+        return math.nan, math.nan, count
+    mean = sum(q.pairs * q.change for q in quartiles) / count
+    squares = sum((q.pairs - 1) * q.pairs * q.error**2 + q.pairs * (q.change - mean) ** 2 for q in quartiles)
+    return mean, math.sqrt(squares / (count - 1) / count), count
 
 
 def differs(mean: float, error: float, pairs: int, tests: int = 1) -> bool:

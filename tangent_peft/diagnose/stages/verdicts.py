@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from tangent_peft.diagnose.result import Verdict
-from tangent_peft.diagnose.stages.transfer import differs
+from tangent_peft.diagnose.stages.transfer import contrast, differs, mean_and_error
 
 
 if TYPE_CHECKING:
@@ -50,13 +50,15 @@ def _quartiles(result: Forgetting, change: Change) -> Iterator[Verdict]:
     shown = [" and ".join(f"{_signed(q.change)} (Q{q.quartile})" for q in ends) for ends in (by_stage, by_base)]
     place = f"{change.objective} after {change.after}"
     text = f"{place}, Δg by g after {change.before}: {shown[0]}; by the base's g: {shown[1]}."
-    stage, base = (any(_clear(q) for q in ends) for ends in (by_stage, by_base))
-    if stage and not base:
-        yield Verdict("unknown", f"{text} Only the first differ from 0: regression to the mean explains that as well.")
-    elif base:
-        yield Verdict("warning", f"{text} The second differ from 0: pairs of unlike standing were moved unlike.")
+    stage, base = (contrast([top], [bottom]) for bottom, top in (by_stage, by_base))
+    if differs(*base):
+        yield Verdict("warning", f"{text} By the base's, the two differ: pairs of unlike standing were moved unlike.")
+    elif differs(*stage) and stage[0] < 0:
+        yield Verdict("unknown", f"{text} Only the first two differ: regression to the mean explains that as well.")
+    elif differs(*stage):
+        yield Verdict("warning", f"{text} The first two differ, and not as regression to the mean would have it.")
     else:
-        yield Verdict("fine", f"{text} Neither differs from 0.")
+        yield Verdict("fine", f"{text} Top and bottom do not differ.")
 
 
 def _ends(result: Forgetting, change: Change, ranked_by: str) -> list[Quartile]:
@@ -64,10 +66,6 @@ def _ends(result: Forgetting, change: Change, ranked_by: str) -> list[Quartile]:
     place = (change.objective, change.after, ranked_by)
     found = [q for q in result.quartiles if (q.objective, q.after, q.ranked_by) == place]
     return [found[0], found[-1]]
-
-
-def _clear(quartile: Quartile) -> bool:
-    return differs(quartile.change, quartile.error, quartile.pairs, tests=2)
 
 
 def _signed(value: float) -> str:
@@ -81,7 +79,8 @@ def _gradients(result: Forgetting) -> Iterator[Verdict]:
         if not values:
             yield Verdict("unknown", f"{name}: no cosine was measured.")
             continue
-        mean, held = sum(values) / len(values), [value for value in conflict.agreement if math.isfinite(value)]
+        mean, error = mean_and_error(values)
+        held = [value for value in conflict.agreement if math.isfinite(value)]
         text = f"{name}: mean cosine {mean:+.3f} over {len(values)} steps ({min(values):+.3f} to {max(values):+.3f})"
         if held:
             text += f"; two halves of a batch of {conflict.previous} itself have {sum(held) / len(held):+.3f}"
@@ -92,6 +91,8 @@ def _gradients(result: Forgetting) -> Iterator[Verdict]:
                 "unknown",
                 f"{text}. Near-orthogonal, as in the paper, so the cosine can not diagnose interference.{pattern}",
             )
+        elif not differs(mean, error, len(values)):
+            yield Verdict("unknown", f"{text}. The steps differ too much among themselves to tell its sign.")
         else:
             yield Verdict("warning" if mean < 0 else "fine", f"{text}. {'Against' if mean < 0 else 'With'} each other.")
 
