@@ -330,9 +330,10 @@ def _cosine_verdict(last: LayerShift, count: int) -> Verdict:
 
 def _rank_verdict(last: LayerShift) -> Verdict:
     ratio, spread, energy = last.uncentred.ratio, last.centred.ratio, last.centred.top_energy
+    rest = f"Less its mean ΔH has {spread:.3f}, and its first direction {energy:.0%} of the energy."
     text = (
-        f"σ₂/σ₁ of ΔH at the last layer is {ratio:.3f} uncentred; the paper has < {LOW_RATIO}. Less its mean ΔH has "
-        f"{spread:.3f}, and its first direction {energy:.0%} of the energy."
+        f"σ₂/σ₁ of ΔH at the last layer is {ratio:.3f} uncentred; the paper has < {LOW_RATIO}. "
+        f"{'Less its mean nothing of it is left.' if math.isnan(energy) else rest}"
     )
     if ratio < LOW_RATIO:
         return Verdict("fine", f"{text} A low uncentred ratio says little more than that the mean is large.")
@@ -357,11 +358,15 @@ def _entropy_verdict(layers: Sequence[LayerShift]) -> Verdict:
 
 def _recovery_verdict(last: LayerShift, held_out: int) -> Verdict:
     found = last.recovery
-    if found is None or math.isnan(found.share):
+    if found is None:
         return Verdict("unknown", "Inversion was not judged: there are no held-out rows.")
+    if math.isnan(found.share):
+        return Verdict("unknown", f"Inversion was not judged: every δ of the {held_out} held-out rows is 0.")
     text = (
         f"Inversion, h − v⋆, recovers {found.share:.0%} of the way to the base at the last layer on {held_out} "
         f"held-out rows; random directions of the same norm {found.control_mean:.0%} ± {found.control_sd:.0%}."
     )
+    if held_out < FEW:
+        return Verdict("unknown", f"{text} Fewer than {FEW} rows: not judged.")
     better = found.share > max(0.0, found.control_mean + 2 * found.control_sd)
     return Verdict("fine" if better and found.share > 0.5 else "warning", text)
