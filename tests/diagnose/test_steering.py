@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -280,6 +281,33 @@ def test_named_errors(tiny_llama: Callable[[], Any]) -> None:
 def test_few_rows_are_not_judged() -> None:
     _, shift = measured(build("llama"), perturbed(build("llama")), rows=6)
     assert [(v.finding, "too few" in v.text) for v in shift.verdicts()] == [("unknown", True)]
+
+
+def test_a_shift_of_the_size_of_rounding_is_not_judged() -> None:
+    _, shift = measured(build("llama"), perturbed(build("llama")))
+    small = [*shift.layers[:-1], replace(shift.layers[-1], relative_size=0.005)]
+    for dtype, linearized, judged in (
+        ("torch.bfloat16", None, False),
+        ("torch.float16", None, True),
+        ("torch.float32", None, True),
+        ("torch.bfloat16", True, True),
+    ):
+        settings = {**shift.settings, "dtype": dtype, "linearized": linearized}
+        verdicts = replace(shift, layers=small, settings=settings).verdicts()
+        assert (len(verdicts) == 4) is judged, dtype
+        assert judged or (verdicts[0].finding == "unknown" and "0.50%" in verdicts[0].text)
+
+
+def test_a_little_less_entropy_is_no_drop() -> None:
+    _, shift = measured(build("llama"), perturbed(build("llama")))
+    for late, finding in ((0.46, "warning"), (0.44, "fine")):
+        layers = [
+            replace(
+                shift.layers[0], layer=layer, uncentred=replace(shift.layers[0].uncentred, normalized_entropy=value)
+            )
+            for layer, value in enumerate([0.5, 0.5, 0.5, late, late], start=1)
+        ]
+        assert replace(shift, layers=layers).verdicts()[2].finding == finding
 
 
 def test_prints_saves_and_draws(tmp_path: Path) -> None:

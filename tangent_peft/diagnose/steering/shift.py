@@ -26,6 +26,8 @@ PAPER_PEAK = (0.92, 0.96)  # of the histogram of cosines (Fig. 3)
 LOW_COSINE = 0.85  # below: not one direction
 LOW_RATIO = 0.1  # σ₂/σ₁ below: rank one, by the paper
 LATE = 22 / 32  # share of the depth where the paper's entropy drops
+FALL = 0.9  # late entropy over early, at most, for a drop; ours
+ROUNDING = {"torch.bfloat16": 2**-7, "torch.float16": 2**-10}  # steps of a half precision, of a number's size
 FEW = 8  # rows; with fewer nothing is judged
 
 
@@ -242,6 +244,13 @@ class SteeringShift(Diagnosis):
         if self.count < FEW:
             text = f"{self.count} rows are too few to judge the shift by; give at least {FEW}, better 32."
             return [Verdict("unknown", text)]
+        step = 0.0 if self.settings["linearized"] else ROUNDING.get(self.settings["dtype"], 0.0)
+        if last.relative_size < step:
+            text = (
+                f"‖v⋆‖ is {last.relative_size:.2%} of ‖h‖ at the last layer, and {self.settings['dtype']} has steps of "
+                f"{step:.2%}: δ may be rounding. Load both models in float32 to judge the shift."
+            )
+            return [Verdict("unknown", text)]
         found = [_cosine_verdict(last, self.count), _rank_verdict(last), _entropy_verdict(self.layers)]
         return [*found, _recovery_verdict(last, self.held_out)]
 
@@ -353,7 +362,9 @@ def _entropy_verdict(layers: Sequence[LayerShift]) -> Verdict:
         f"Normalized entropy of ΔH: {before:.2f} before layer {first} of {len(layers)}, {after:.2f} from it on "
         "(the paper: a sharp drop from layer 22 of 32)."
     )
-    return Verdict("fine", text) if after < before else Verdict("warning", f"{text} It does not fall.")
+    if after < FALL * before:
+        return Verdict("fine", text)
+    return Verdict("warning", f"{text} It does not fall, or by less than {1 - FALL:.0%}.")
 
 
 def _recovery_verdict(last: LayerShift, held_out: int) -> Verdict:
