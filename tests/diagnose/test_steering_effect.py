@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -268,6 +269,18 @@ def test_prints_saves_and_draws(tokenizer: Any, pairs: list[Any], tmp_path: Path
     assert saved["settings"]["vectors_digest"] == vectors_of(base, {L: u}).digest
     assert [path.name for path in found.plot(tmp_path)] == ["steering_effect.png"]
     assert (tmp_path / "steering_effect.svg").is_file()
+
+
+def test_verdicts_where_a_number_is_missing(tokenizer: Any, pairs: list[Any]) -> None:
+    base, u = biased_llama(), direction()
+    states = ModelState.plain(base, "a"), ModelState.plain(with_bias(base, L, u), "b")
+    found = effect(*states, vectors_of(base, {L: u.float()}), tokenizer, pairs, strengths=(1.0,))
+    agreed = {mode: {**values, "match_base": 1.0, "match_tuned": 1.0} for mode, values in found.unsteered.items()}
+    for verdict in replace(found, pairs=8, unsteered=agreed).verdicts():
+        assert "the most likely tokens are the same" in verdict.text and "nan" not in verdict.text
+    points = [replace(p, values={**p.values, "kl_base": math.nan, "kl_tuned": math.nan}) for p in found.points]
+    for verdict in replace(found, pairs=8, points=points).verdicts():
+        assert verdict.finding == "unknown" and "not finite" in verdict.text
 
 
 def test_models_that_predict_the_same_close_nothing(tokenizer: Any, pairs: list[Any]) -> None:
