@@ -27,7 +27,7 @@ from tangent_peft.diagnose.spinal.score import spinal_score
 from tangent_peft.diagnose.stages.forgetting import Forgetting
 from tangent_peft.diagnose.states import ModelState
 from tangent_peft.diagnose.steering.measure import ShiftOptions, steering_vectors
-from tangent_peft.diagnose.steering.section import POSITIONS, SteeringOptions, diagnose_steering
+from tangent_peft.diagnose.steering.section import POSITIONS, SteeringOptions, diagnose_steering, split_rows
 from tangent_peft.diagnose.steering.trial import EffectOptions
 from tangent_peft.evaluate.pairs import Pair
 
@@ -201,8 +201,9 @@ def _steering(inputs: Inputs) -> list[Task]:
         pairs, prompts = _pairs_of(inputs, name), inputs.data.prompts
         if pairs:
             return diagnose_steering(models.base, tuned, models.tokenizer, prompts, pairs, options)
-        batches = prompt_batches(models.tokenizer, prompts, how.batch_size, models.base.device)
-        return steering_vectors(models.base, tuned, batches, POSITIONS["prompt"], options=options.shift)[1]
+        parts = split_rows("prompt", prompts, options)
+        made = [prompt_batches(models.tokenizer, part, how.batch_size, models.base.device) for part in parts]
+        return steering_vectors(models.base, tuned, made[0], POSITIONS["prompt"], made[1], options.shift)[1]
 
     return [(_at_one(inputs, name), partial(steered, name, tuned)) for name, tuned in models.tuned.items()]
 

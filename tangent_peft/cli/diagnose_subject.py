@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from tangent_peft.cli.saved_axes import (
     CONFIG,
@@ -52,7 +52,8 @@ class Subject:
     @property
     def tuned_name(self) -> str:
         """What reports call the checkpoint."""
-        return Path(self.tuned).name
+        folder = Path(self.tuned)
+        return (folder.resolve() if folder.is_dir() else folder).name  # `.` has no name of its own
 
 
 @dataclass(frozen=True)
@@ -185,7 +186,7 @@ def load_subject(subject: Subject, dtype: str | None = None) -> Loaded:
 
     Raises:
         OSError: if something can not be read.
-        ValueError: for a base without a tokenizer, or models that can not be compared.
+        ValueError: for a base without a tokenizer, models that can not be compared, or a LoRA of another base.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = dtype or ("float32" if device == "cpu" else "auto")
@@ -198,7 +199,9 @@ def load_subject(subject: Subject, dtype: str | None = None) -> Loaded:
         tuned = {axis: ModelState.mix(model, {axis: 1.0}, configs[axis].linearize, axis) for axis in subject.axes}
         return Loaded(ModelState.base(model), tuned, tokenizer, notes)
     if subject.is_lora:
-        adapted = PeftModel.from_pretrained(base, subject.tuned).eval()
+        adapted = _adapted(base, subject)
+        if Path(subject.tuned).is_dir() and _has_tokenizer(subject.tuned):
+            check_same_tokenizer(tokenizer, AutoTokenizer.from_pretrained(subject.tuned))
         tuned = {subject.tuned_name: ModelState.plain(adapted, subject.tuned_name)}
         return Loaded(ModelState.base(adapted), tuned, tokenizer, notes)
     other: Any = load_base(subject.tuned, dtype=dtype).to(device)  # type: ignore[arg-type]
@@ -209,3 +212,19 @@ def load_subject(subject: Subject, dtype: str | None = None) -> Loaded:
     else:
         notes["tokenizer"] = "that of the base; none lies beside the checkpoint"
     return Loaded(first, {second.name: second}, tokenizer, notes)
+
+
+def _adapted(base: PreTrainedModel, subject: Subject) -> PeftModel:
+    """The base with a LoRA. PEFT passes over matrices of blocks that the base does not have, which are refused here."""
+    try:
+        adapted = PeftModel.from_pretrained(base, subject.tuned).eval()
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"The LoRA {subject.tuned} does not fit the base model {subject.base}: {error}") from None
+    saved, there = load_peft_weights(subject.tuned, device="cpu"), get_peft_model_state_dict(adapted)
+    differing = sorted(key for key in set(saved) ^ set(there) if "lora_" in key)
+    if differing:
+        raise ValueError(
+            f"The LoRA {subject.tuned} does not fit the base model {subject.base}: {len(differing)} matrices are only "
+            f"in one of them, such as {differing[0]}. Name the model that it was trained from: --base FOLDER-OR-NAME"
+        )
+    return adapted

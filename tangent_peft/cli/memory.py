@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 
 def peak_memory_gb() -> float:
@@ -11,4 +12,5 @@ def peak_memory_gb() -> float:
         import resource
     except ImportError:  # Windows
         return math.nan
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes that `ru_maxrss` counts in: Linux and the BSDs have KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

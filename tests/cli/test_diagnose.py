@@ -182,6 +182,25 @@ def test_checkpoints_are_loaded_as_they_are(saved: Path) -> None:
     assert list(found.tuned) == ["help", "verb"]
 
 
+def test_a_lora_of_another_base_is_refused(saved: Path, tmp_path: Path, tokenizer: Any) -> None:
+    """Of another depth, which PEFT loads in part; of another width; and with another tokenizer beside it."""
+    lora = LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    get_peft_model(enlarge(make_llama(layers=4)), lora).save_pretrained(tmp_path / "deeper")
+    get_peft_model(build("gpt2"), LoraConfig(target_modules=["c_attn"])).save_pretrained(tmp_path / "other")
+    shutil.copytree(saved / "lora", tmp_path / "worded")
+    for file in (saved / "worded").glob("*token*"):
+        shutil.copy(file, tmp_path / "worded")
+    shutil.copy(saved / "worded" / "chat_template.jinja", tmp_path / "worded")
+    for name, message in (("deeper", "2 matrices are only"), ("other", "does not fit"), ("worded", "chat templates")):
+        with pytest.raises(ValueError, match=message):
+            load_subject(find_subject([str(tmp_path / name)], str(saved / "base")))
+
+
+def test_a_checkpoint_that_is_the_working_directory_has_a_name(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(saved / "tuned")
+    assert find_subject(["."], str(saved / "base")).tuned_name == "tuned"
+
+
 def two_stages() -> Forgetting:
     """Two objectives of nine pairs each; the first is lost in the second stage. The numbers are drawn."""
     torch.manual_seed(3)
@@ -200,6 +219,20 @@ def test_a_saved_result_of_stages_is_read_back(tmp_path: Path) -> None:
     (read,) = read_stages(tmp_path / "stages.json").values()
     assert read.to_dict() == made.to_dict() and read.verdicts() == made.verdicts()
     assert [str(table) for table in read.tables()] == [str(table) for table in made.tables()]
+
+
+def test_memory_is_counted_in_the_unit_of_the_platform(monkeypatch: pytest.MonkeyPatch) -> None:
+    import resource
+    from types import SimpleNamespace
+
+    from tangent_peft.cli import memory
+
+    monkeypatch.setattr(resource, "getrusage", lambda _: SimpleNamespace(ru_maxrss=2**21))
+    found = {}
+    for name in ("linux", "darwin"):
+        monkeypatch.setattr(memory.sys, "platform", name)
+        found[name] = memory.peak_memory_gb()
+    assert found == {"linux": 2.0, "darwin": 2.0**-9}
 
 
 @pytest.mark.usefixtures("stubbed")
@@ -380,6 +413,8 @@ def test_every_section_of_a_checkpoint_without_pairs(saved: Path, tmp_path: Path
     record = json.loads((tmp_path / "out" / "report.json").read_text())
     made = {section["key"]: [part["name"] for part in section["parts"]] for section in record["sections"]}
     assert {key: names for key, names in made.items() if names} == {"steering": ["tuned"], "spinal": ["tuned"]}
+    (shift,) = [s["parts"][0]["result"] for s in record["sections"] if s["key"] == "steering"]
+    assert (shift["count"], shift["held_out"]) == (8, 2), "a quarter is held out without pairs, too"
 
 
 def test_too_few_prompts_are_said(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,9 @@ from tangent_peft.diagnose.steering.measure import ShiftOptions, shift_rows, ste
 from tangent_peft.diagnose.steering.shift import Cosines
 
 
-def measured(base: Any, tuned: Any, rows: int = 12, **options: Any) -> Any:
+def measured(base: Any, tuned: Any, rows: int = 12, held_out: int = 8, **options: Any) -> Any:
     first, second = (m if isinstance(m, ModelState) else ModelState.plain(m, n) for m, n in ((base, "a"), (tuned, "b")))
-    held = [token_rows(5, seed=9)]
+    held = [token_rows(held_out, seed=9)] if held_out else []
     batches = [token_rows(rows // 2, seed=1), token_rows(rows - rows // 2, length=4, seed=2)]
     return steering_vectors(first, second, batches, "last prompt token", held, ShiftOptions(**options))
 
@@ -75,7 +76,7 @@ def test_planted_vector_is_recovered() -> None:
         assert cosines.mean == pytest.approx(1.0, abs=1e-6)
         assert cosines.p5 == pytest.approx(1.0, abs=1e-6)
         assert cosines.peak == pytest.approx((0.96, 1.0))
-    assert sum(last.cosines.histogram) == 12 and sum(last.held_out.histogram) == 5
+    assert sum(last.cosines.histogram) == 12 and sum(last.held_out.histogram) == 8
     assert last.uncentred.ratio < 1e-5
     assert last.uncentred.top_energy == pytest.approx(1.0, abs=1e-9)
     assert last.uncentred.effective_rank == pytest.approx(1.0, abs=1e-6)
@@ -90,6 +91,14 @@ def test_planted_vector_is_recovered() -> None:
         assert math.isnan(layer.uncentred.entropy) and layer.size == 0
     findings = [verdict.finding for verdict in shift.verdicts()]
     assert findings == ["fine", "fine", "unknown", "fine"]
+    assert "nan" not in str(shift.verdicts())
+
+
+@pytest.mark.parametrize(("rows", "said"), [(0, "no held-out rows"), (7, "Fewer than 8 rows")])
+def test_inversion_is_not_judged_by_few_rows(rows: int, said: str) -> None:
+    base = biased_llama()
+    _, shift = measured(base, with_bias(base, L, direction()), held_out=rows)
+    assert shift.verdicts()[-1].finding == "unknown" and said in shift.verdicts()[-1].text
 
 
 def test_the_same_model_has_no_vector() -> None:
@@ -106,7 +115,7 @@ def test_every_number_against_numpy(rows: int) -> None:
     base, tuned = build("qwen3").double(), perturbed(build("qwen3").double())
     batches = [token_rows(rows // 2, seed=1), token_rows(rows - rows // 2, length=4, seed=2)]
     vectors, shift = measured(base, tuned, rows, epsilon=0.3, top=4)
-    everything, held = all_shifts(base, tuned, batches), all_shifts(base, tuned, [token_rows(5, seed=9)])
+    everything, held = all_shifts(base, tuned, batches), all_shifts(base, tuned, [token_rows(8, seed=9)])
     for index, layer in enumerate(shift.layers):
         x, new = everything[:, index], held[:, index]
         v = x.mean(0)
@@ -274,6 +283,33 @@ def test_few_rows_are_not_judged() -> None:
     assert [(v.finding, "too few" in v.text) for v in shift.verdicts()] == [("unknown", True)]
 
 
+def test_a_shift_of_the_size_of_rounding_is_not_judged() -> None:
+    _, shift = measured(build("llama"), perturbed(build("llama")))
+    small = [*shift.layers[:-1], replace(shift.layers[-1], relative_size=0.005)]
+    for dtype, linearized, judged in (
+        ("torch.bfloat16", None, False),
+        ("torch.float16", None, True),
+        ("torch.float32", None, True),
+        ("torch.bfloat16", True, True),
+    ):
+        settings = {**shift.settings, "dtype": dtype, "linearized": linearized}
+        verdicts = replace(shift, layers=small, settings=settings).verdicts()
+        assert (len(verdicts) == 4) is judged, dtype
+        assert judged or (verdicts[0].finding == "unknown" and "0.50%" in verdicts[0].text)
+
+
+def test_a_little_less_entropy_is_no_drop() -> None:
+    _, shift = measured(build("llama"), perturbed(build("llama")))
+    for late, finding in ((0.46, "warning"), (0.44, "fine")):
+        layers = [
+            replace(
+                shift.layers[0], layer=layer, uncentred=replace(shift.layers[0].uncentred, normalized_entropy=value)
+            )
+            for layer, value in enumerate([0.5, 0.5, 0.5, late, late], start=1)
+        ]
+        assert replace(shift, layers=layers).verdicts()[2].finding == finding
+
+
 def test_prints_saves_and_draws(tmp_path: Path) -> None:
     model = get_peft_model(build("llama"), TangentConfig(num_layers=2, r=4, init_weights=False), adapter_name="help")
     _, shift = measured(ModelState.base(model), ModelState.mix(model, {"help": 1.0}))
@@ -283,7 +319,7 @@ def test_prints_saves_and_draws(tmp_path: Path) -> None:
     saved = json.loads((tmp_path / "shift.json").read_text())
     assert saved["layers"][0]["uncentred"]["entropy"] is None and saved["layers"][0]["reason"]
     assert saved["layers"][2]["cosines"]["mean"] == pytest.approx(shift.layers[2].cosines.mean)
-    assert saved["count"] == 12 and saved["held_out"] == 5 and saved["settings"]["seed"] == 0
+    assert saved["count"] == 12 and saved["held_out"] == 8 and saved["settings"]["seed"] == 0
     drawn = shift.plot(tmp_path / "figures")
     assert [p.suffix for p in drawn] == [".png"] * 2
     assert all(p.is_file() and p.with_suffix(".svg").is_file() for p in drawn)

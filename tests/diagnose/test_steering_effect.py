@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -161,16 +162,18 @@ def test_every_metric_against_a_slow_loop(tokenizer: Any, pairs: list[Any], limi
 def test_resumed_forwards_are_whole_ones(
     tokenizer: Any, pairs: list[Any], name: str, linearized: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    real, tried = Resumable._is_exact, []
+    monkeypatch.setattr(Resumable, "_is_exact", lambda *given: tried.append(real(*given)) or tried[-1])
     model = two_axes(build(name))
     base, tuned = ModelState.base(model), ModelState.mix(model, {"help": 1.0}, linearized=linearized)
     vectors = vectors_of(model.get_base_model(), {2: direction(1).float(), 3: direction(2).float()})
     fast = effect(base, tuned, vectors, tokenizer, pairs, layers=(2, 3))
+    assert tried == [True, True]
     monkeypatch.setattr(Resumable, "_is_exact", lambda self, whole, logits: False)
     whole = effect(base, tuned, vectors, tokenizer, pairs, layers=(2, 3))
     assert fast.unsteered["inversion"]["kl_base"] > 1e-3
     for one, other in zip(fast.points, whole.points, strict=True):
-        assert one.values == pytest.approx(other.values, rel=1e-3, abs=1e-5)
-        assert one.control_means == pytest.approx(other.control_means, rel=1e-3, abs=1e-5)
+        assert one.values == other.values and one.controls == other.controls
 
 
 @torch.no_grad()
@@ -189,6 +192,21 @@ def test_only_upper_blocks_run_again() -> None:
     calls.clear()
     model(ids)
     assert calls == [0, 1, 2]
+
+
+@torch.no_grad()
+def test_a_cut_that_changes_logits_a_little_is_refused() -> None:
+    model = biased_llama().float()
+    seen: dict[str, Any] = {}  # the last block adds a little of what the first one computes
+    blocks = model.model.layers
+    blocks[0].mlp.register_forward_hook(lambda m, a, o: seen.update(value=o))
+    blocks[0].register_forward_hook(lambda m, a, o: None if "value" in seen else seen.update(value=0))
+    blocks[2].mlp.register_forward_hook(lambda m, a, o: o + 1e-5 * seen.pop("value", 0))
+    resumable, ids = Resumable(model, 2), torch.tensor([[5, 6, 7]])
+    whole = resumable.first(lambda: model(ids).logits)
+    with resumable._skipping():
+        assert 0 < (model(ids).logits - whole).abs().max() < 1e-4 * whole.abs().max()
+    assert not resumable.exact
 
 
 @torch.no_grad()
@@ -251,6 +269,18 @@ def test_prints_saves_and_draws(tokenizer: Any, pairs: list[Any], tmp_path: Path
     assert saved["settings"]["vectors_digest"] == vectors_of(base, {L: u}).digest
     assert [path.name for path in found.plot(tmp_path)] == ["steering_effect.png"]
     assert (tmp_path / "steering_effect.svg").is_file()
+
+
+def test_verdicts_where_a_number_is_missing(tokenizer: Any, pairs: list[Any]) -> None:
+    base, u = biased_llama(), direction()
+    states = ModelState.plain(base, "a"), ModelState.plain(with_bias(base, L, u), "b")
+    found = effect(*states, vectors_of(base, {L: u.float()}), tokenizer, pairs, strengths=(1.0,))
+    agreed = {mode: {**values, "match_base": 1.0, "match_tuned": 1.0} for mode, values in found.unsteered.items()}
+    for verdict in replace(found, pairs=8, unsteered=agreed).verdicts():
+        assert "the most likely tokens are the same" in verdict.text and "nan" not in verdict.text
+    points = [replace(p, values={**p.values, "kl_base": math.nan, "kl_tuned": math.nan}) for p in found.points]
+    for verdict in replace(found, pairs=8, points=points).verdicts():
+        assert verdict.finding == "unknown" and "not finite" in verdict.text
 
 
 def test_models_that_predict_the_same_close_nothing(tokenizer: Any, pairs: list[Any]) -> None:

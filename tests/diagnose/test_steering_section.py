@@ -14,7 +14,7 @@ from strong_axes import two_axes
 
 from tangent_peft.diagnose import ModelState
 from tangent_peft.diagnose.steering import section
-from tangent_peft.diagnose.steering.section import SteeringOptions, diagnose_steering
+from tangent_peft.diagnose.steering.section import SteeringOptions, diagnose_steering, split_rows
 from tangent_peft.diagnose.steering.trial import EffectOptions
 from tangent_peft.diagnose.steering.vectors import SteeringVectors
 
@@ -99,6 +99,28 @@ def test_no_prompt_is_on_both_sides(tokenizer: Any, monkeypatch: pytest.MonkeyPa
     assert not set(seen["pairs"][0]) & fitted and set(seen["pairs"][0]) == judged
 
 
+def test_a_row_counts_once_and_its_place_does_not_count() -> None:
+    pairs = rows(PROMPTS)
+    other = {**pairs[0], "chosen": [{"role": "assistant", "content": "With pleasure."}]}
+    for position, given in (("prompt", PROMPTS), ("answer", [*pairs, other])):
+        one = options(max_prompts=7, max_answers=7)
+        fitted, judged = split_rows(position, given, one)
+        assert (len(fitted), len(judged)) == (7, 3)
+        assert split_rows(position, [*given[::-1], *given[:9]], one) == (fitted, judged)
+        fitted, judged = split_rows(position, given * 2, options())
+        assert len(fitted) + len(judged) == len(given)
+
+
+def test_a_pair_that_lacks_a_part_is_named_first(tokenizer: Any) -> None:
+    states = ModelState.plain(biased_llama(), "a"), ModelState.plain(biased_llama(), "b")
+    wrong = [*rows(PROMPTS[:2]), {"chosen": "Yes.", "rejected": "No."}]
+    with pytest.raises(ValueError, match="Pair 2 lacks one of `prompt`"):
+        diagnose_steering(*states, tokenizer, PROMPTS, wrong, options())
+    with pytest.raises(ValueError, match="chosen answer of pair 1 is empty"):
+        empty = [rows(PROMPTS[:1])[0], {**rows(PROMPTS[:1])[0], "chosen": " "}]
+        diagnose_steering(*states, tokenizer, PROMPTS, empty, options())
+
+
 def test_named_errors(tokenizer: Any) -> None:
     base = biased_llama()
     state = ModelState.plain(base, "a"), ModelState.plain(with_bias(base, L, torch.ones(D).double()), "b")
@@ -107,8 +129,7 @@ def test_named_errors(tokenizer: Any) -> None:
     with pytest.raises(ValueError, match="different architecture"):
         diagnose_steering(state[0], ModelState.plain(build("qwen3"), "b"), tokenizer, PROMPTS, [], options())
     one = options(positions=("prompt",), steer_with="prompt")
-    found = section._held_out(section._keys(PROMPTS), one)
-    taken = [prompt for prompt, key in zip(PROMPTS, section._keys(PROMPTS), strict=True) if key not in found]
+    taken, _ = split_rows("prompt", PROMPTS, one)
     with pytest.raises(ValueError, match="prompt of each pair was used"):
         diagnose_steering(*state, tokenizer, PROMPTS, rows(taken), one)
     for wrong in ({"positions": ("first",)}, {"steer_with": "answer", "positions": ("prompt",)}, {"held_out": 1.0}):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import batch, build
 from peft import get_peft_model
+from safetensors import safe_open
 from safetensors.torch import save_file
 from steering_models import D, L, biased_llama, direction, vectors_of, with_bias
 from tolerances import assert_equal
@@ -305,6 +306,21 @@ def test_files(tmp_path: Path) -> None:
     (tmp_path / "changed").write_bytes(text)
     with pytest.raises(ValueError, match="hash"):
         SteeringVectors.load(tmp_path / "changed")
+    with safe_open(path, framework="pt") as file:
+        metadata = dict(file.metadata())
+    good = {"layer.1": torch.ones(D), "layer.3": torch.ones(D)}
+    for wrong in (
+        {"layer.3": torch.ones(D - 1)},
+        {"layer.3": good["layer.3"] * torch.inf},
+        {f"layer.{L + 1}": good["layer.1"].clone()},
+    ):
+        save_file({**good, **wrong}, tmp_path / "wrong", metadata=metadata)
+        with pytest.raises(ValueError, match="is damaged"):
+            SteeringVectors.load(tmp_path / "wrong")
+    for lacking in ("description", "digest"):
+        save_file(good, tmp_path / "wrong", metadata={k: v for k, v in metadata.items() if k != lacking})
+        with pytest.raises(ValueError, match="is damaged"):
+            SteeringVectors.load(tmp_path / "wrong")
     with pytest.raises(ValueError, match="not finite"):
         vectors_of(model, {1: torch.full((D,), float("nan"))}).save(path)
     assert SteeringVectors.load(path).digest == steering.digest  # still there

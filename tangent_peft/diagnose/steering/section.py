@@ -1,7 +1,8 @@
 """D-STEER as one call: vectors from some prompts, judged on others.
 
 Prompts are split by a hash of their text and a seed, so that a prompt never is on both sides, in whatever order it is
-given and however often it occurs, among the prompts or in a pair.
+given and however often it occurs, among the prompts or in a pair. A row that is given twice counts once: left out of a
+mean, it would still be in it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any, ClassVar, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from tangent_peft.diagnose.prompts import answer_batches, prompt_batches
+from tangent_peft.diagnose.prompts import answer_batches, check_answers, prompt_batches
 from tangent_peft.diagnose.result import Diagnosis, Table, Verdict
 from tangent_peft.diagnose.states import ModelState, check_comparable
 from tangent_peft.diagnose.steering.measure import ShiftOptions, steering_vectors
@@ -24,7 +25,8 @@ from tangent_peft.diagnose.steering.sweep import SteeringEffect
 from tangent_peft.diagnose.steering.trial import EffectOptions, steering_effect
 from tangent_peft.diagnose.steering.vectors import SteeringVectors
 from tangent_peft.evaluate.chats import messages
-from tangent_peft.evaluate.pairs import Pair
+from tangent_peft.evaluate.pairs import ANSWERS, Pair
+from tangent_peft.evaluate.preferences import check_pairs
 from tangent_peft.evaluate.scorers import Prompt
 
 
@@ -147,38 +149,35 @@ def diagnose_steering(
         options: positions, split, sizes.
 
     Raises:
-        ValueError: for models that differ in architecture, or a split that leaves too little on a side.
+        ValueError: for models that differ in architecture, no pairs, one that lacks a part or has an empty answer, or a
+            split that leaves too little on a side.
     """
     check_comparable(base, tuned)
+    check_pairs(pairs, options.batch_size)
+    lacking = [index for index, pair in enumerate(pairs) if not {"prompt", *ANSWERS} <= set(pair)]
+    if lacking:
+        raise ValueError(
+            f"Pair {lacking[0]} lacks one of `prompt`, `chosen` and `rejected`: {sorted(pairs[lacking[0]])}."
+        )
+    check_answers(pairs)
     vectors: dict[str, SteeringVectors] = {}
     shifts: dict[str, SteeringShift] = {}
     used: set[str] = set()
     for position in options.positions:
-        rows: Sequence[Any] = prompts if position == "prompt" else pairs
-        keys = _keys(rows) if position == "prompt" else _keys([pair["prompt"] for pair in pairs])
-        held = _held_out(keys, options)
-        most = options.max_prompts if position == "prompt" else options.max_answers
-        fitted = [index for index, key in enumerate(keys) if key not in held][:most]
-        judged = [index for index, key in enumerate(keys) if key in held][: max(most // 2, 1)]
-        if len(fitted) < 2:
-            raise ValueError(
-                f"The split leaves {len(fitted)} of {len(keys)} rows to make vectors of {POSITIONS[position]!r} from; "
-                "they take at least two, better 32. Give more prompts and pairs, or a smaller `held_out`."
-            )
-        made = [_batches(position, tokenizer, [rows[i] for i in part], base, options) for part in (fitted, judged)]
+        parts = split_rows(position, prompts if position == "prompt" else pairs, options)
+        made = [_batches(position, tokenizer, part, base, options) for part in parts]
         vectors[position], shifts[position] = steering_vectors(
             base, tuned, made[0], POSITIONS[position], made[1], options.shift
         )
         if position == options.steer_with:
-            used = {keys[index] for index in fitted}
-    new = [pair for pair, key in zip(pairs, _keys([p["prompt"] for p in pairs]), strict=True) if key not in used]
+            used = set(_keys(position, parts[0]))
+    new = [pair for pair, key in _distinct("answer", pairs, options) if key not in used]
     if not new:
         raise ValueError(
             "The prompt of each pair was used to make the vectors, so none is left to judge them on. Give other pairs, "
             "or a larger `held_out`."
         )
-    unseen = [prompt for prompt, key in zip(prompts, _keys(prompts), strict=True) if key not in used]
-    kept = unseen[: options.max_pairs]
+    kept = [prompt for prompt, key in _distinct("prompt", prompts, options) if key not in used][: options.max_pairs]
     effect = steering_effect(
         base, tuned, vectors[options.steer_with], tokenizer, new[: options.max_pairs], kept, options.effect
     )
@@ -194,19 +193,50 @@ def _batches(
     base: ModelState,
     options: SteeringOptions,
 ) -> Iterable[Any]:
-    if not rows:
-        return ()
     if position == "prompt":
         return prompt_batches(tokenizer, rows, options.batch_size, base.device)
     return answer_batches(tokenizer, rows, options.batch_size, base.device)
 
 
-def _keys(prompts: Sequence[Prompt]) -> list[str]:
+def split_rows(
+    position: Position, rows: Sequence[Any], options: SteeringOptions = SteeringOptions()
+) -> tuple[list[Any], list[Any]]:
+    """The rows that vectors are made from, and others, of other prompts, that they are judged on.
+
+    Args:
+        position: `"prompt"` for prompts, `"answer"` for pairs.
+        rows: in any order; one that is given several times is taken once.
+        options: share that is held out, seed, and how many rows are taken at most.
+
+    Raises:
+        ValueError: for a prompt that is none, or a split that leaves less than two rows to make vectors from.
+    """
+    different = _distinct(position, rows, options)
+    keys = list(dict.fromkeys(key for _, key in different))
+    held = set(keys[: max(round(options.held_out * len(keys)), 1)])
+    most = options.max_prompts if position == "prompt" else options.max_answers
+    fitted = [row for row, key in different if key not in held][:most]
+    if len(fitted) < 2:
+        raise ValueError(
+            f"The split leaves {len(fitted)} of {len(different)} rows to make vectors of {POSITIONS[position]!r} from; "
+            "they take at least two, better 32. Give more prompts and pairs, or a smaller `held_out`."
+        )
+    return fitted, [row for row, key in different if key in held][: max(most // 2, 1)]
+
+
+def _distinct(position: Position, rows: Sequence[Any], options: SteeringOptions) -> list[tuple[Any, str]]:
+    """Each different row once, with its prompt's key, in the order of the hashes of prompts."""
+    found: dict[tuple[str, str], Any] = {}
+    for row, key in zip(rows, _keys(position, rows), strict=True):
+        found[key, "" if position == "prompt" else json.dumps(row, sort_keys=True, default=str)] = row
+
+    def place(entry: tuple[str, str]) -> tuple[bytes, str]:
+        return hashlib.sha256(f"{options.seed} {entry[0]}".encode()).digest(), entry[1]
+
+    return [(found[entry], entry[0]) for entry in sorted(found, key=place)]
+
+
+def _keys(position: Position, rows: Sequence[Any]) -> list[str]:
     """What tells one prompt from another: its messages; a text is a user's message."""
+    prompts = rows if position == "prompt" else [row["prompt"] for row in rows]
     return [json.dumps(messages(prompt, index), sort_keys=True) for index, prompt in enumerate(prompts)]
-
-
-def _held_out(keys: Sequence[str], options: SteeringOptions) -> set[str]:
-    """The share of the different prompts that come first in the order of their hashes, at least one."""
-    different = sorted(set(keys), key=lambda key: hashlib.sha256(f"{options.seed} {key}".encode()).digest())
-    return set(different[: max(round(options.held_out * len(different)), 1)])

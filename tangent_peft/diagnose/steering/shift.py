@@ -26,6 +26,8 @@ PAPER_PEAK = (0.92, 0.96)  # of the histogram of cosines (Fig. 3)
 LOW_COSINE = 0.85  # below: not one direction
 LOW_RATIO = 0.1  # σ₂/σ₁ below: rank one, by the paper
 LATE = 22 / 32  # share of the depth where the paper's entropy drops
+FALL = 0.9  # late entropy over early, at most, for a drop; ours
+ROUNDING = {"torch.bfloat16": 2**-7, "torch.float16": 2**-10}  # steps of a half precision, of a number's size
 FEW = 8  # rows; with fewer nothing is judged
 
 
@@ -242,6 +244,13 @@ class SteeringShift(Diagnosis):
         if self.count < FEW:
             text = f"{self.count} rows are too few to judge the shift by; give at least {FEW}, better 32."
             return [Verdict("unknown", text)]
+        step = 0.0 if self.settings["linearized"] else ROUNDING.get(self.settings["dtype"], 0.0)
+        if last.relative_size < step:
+            text = (
+                f"‖v⋆‖ is {last.relative_size:.2%} of ‖h‖ at the last layer, and {self.settings['dtype']} has steps of "
+                f"{step:.2%}: δ may be rounding. Load both models in float32 to judge the shift."
+            )
+            return [Verdict("unknown", text)]
         found = [_cosine_verdict(last, self.count), _rank_verdict(last), _entropy_verdict(self.layers)]
         return [*found, _recovery_verdict(last, self.held_out)]
 
@@ -330,9 +339,10 @@ def _cosine_verdict(last: LayerShift, count: int) -> Verdict:
 
 def _rank_verdict(last: LayerShift) -> Verdict:
     ratio, spread, energy = last.uncentred.ratio, last.centred.ratio, last.centred.top_energy
+    rest = f"Less its mean ΔH has {spread:.3f}, and its first direction {energy:.0%} of the energy."
     text = (
-        f"σ₂/σ₁ of ΔH at the last layer is {ratio:.3f} uncentred; the paper has < {LOW_RATIO}. Less its mean ΔH has "
-        f"{spread:.3f}, and its first direction {energy:.0%} of the energy."
+        f"σ₂/σ₁ of ΔH at the last layer is {ratio:.3f} uncentred; the paper has < {LOW_RATIO}. "
+        f"{'Less its mean nothing of it is left.' if math.isnan(energy) else rest}"
     )
     if ratio < LOW_RATIO:
         return Verdict("fine", f"{text} A low uncentred ratio says little more than that the mean is large.")
@@ -352,16 +362,22 @@ def _entropy_verdict(layers: Sequence[LayerShift]) -> Verdict:
         f"Normalized entropy of ΔH: {before:.2f} before layer {first} of {len(layers)}, {after:.2f} from it on "
         "(the paper: a sharp drop from layer 22 of 32)."
     )
-    return Verdict("fine", text) if after < before else Verdict("warning", f"{text} It does not fall.")
+    if after < FALL * before:
+        return Verdict("fine", text)
+    return Verdict("warning", f"{text} It does not fall, or by less than {1 - FALL:.0%}.")
 
 
 def _recovery_verdict(last: LayerShift, held_out: int) -> Verdict:
     found = last.recovery
-    if found is None or math.isnan(found.share):
+    if found is None:
         return Verdict("unknown", "Inversion was not judged: there are no held-out rows.")
+    if math.isnan(found.share):
+        return Verdict("unknown", f"Inversion was not judged: every δ of the {held_out} held-out rows is 0.")
     text = (
         f"Inversion, h − v⋆, recovers {found.share:.0%} of the way to the base at the last layer on {held_out} "
         f"held-out rows; random directions of the same norm {found.control_mean:.0%} ± {found.control_sd:.0%}."
     )
+    if held_out < FEW:
+        return Verdict("unknown", f"{text} Fewer than {FEW} rows: not judged.")
     better = found.share > max(0.0, found.control_mean + 2 * found.control_sd)
     return Verdict("fine" if better and found.share > 0.5 else "warning", text)

@@ -173,14 +173,17 @@ class SteeringEffect(Diagnosis):
         if point is None:
             return Verdict("unknown", f"{name} was not measured at λ = 1.")
         found = self.recovery(point)
-        if math.isnan(found.kl):
+        if self.unsteered[mode][f"kl_{TARGET[mode]}"] == 0:
             return Verdict(
                 "unknown", f"{name}: {self.base} and {self.tuned} predict the same, so nothing can be closed."
             )
+        if not (math.isfinite(found.kl) and math.isfinite(found.control_mean)):
+            return Verdict("unknown", f"{name} at λ = 1: a KL is not finite. Load in float32, or steer less.")
+        same = f"and {found.match:.0%} of the missing top-1 agreement", f" and {found.match_control:.0%}"
+        same = ("(the most likely tokens are the same)", "") if math.isnan(found.match) else same
         text = (
-            f"{name} at λ = 1 closes {found.kl:.0%} of the KL to {goal!r} and {found.match:.0%} of the missing top-1 "
-            f"agreement; random directions of the same norm {found.control_mean:.0%} ± {found.control_sd:.0%} and "
-            f"{found.match_control:.0%} ({self.pairs} held-out pairs)."
+            f"{name} at λ = 1 closes {found.kl:.0%} of the KL to {goal!r} {same[0]}; random directions of the same "
+            f"norm {found.control_mean:.0%} ± {found.control_sd:.0%}{same[1]} ({self.pairs} held-out pairs)."
         )
         if point.is_chance:
             return Verdict("warning", f"{text} That is no more than chance: do not read meaning into this vector.")

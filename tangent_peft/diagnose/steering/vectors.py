@@ -184,9 +184,21 @@ class SteeringVectors:
             raise ValueError(f"{str(path)!r} holds no steering vectors. They are written by `SteeringVectors.save`.")
         if metadata.get("version") != str(VERSION):
             raise ValueError(f"{str(path)!r} is of version {metadata.get('version')}; this package reads {VERSION}.")
-        described = json.loads(metadata["description"])
-        by_layer = {int(name.removeprefix("layer.")): vector for name, vector in vectors.items()}
-        found = SteeringVectors(dict(sorted(by_layer.items())), **described)
-        if found.digest != metadata["digest"] or not vectors:
-            raise ValueError(f"{str(path)!r} is damaged: its description does not go with its hash. Make it again.")
+        try:
+            by_layer = {int(name.removeprefix("layer.")): vector for name, vector in vectors.items()}
+            found = SteeringVectors(dict(sorted(by_layer.items())), **json.loads(metadata["description"]))
+            is_whole = found.digest == metadata["digest"] and found._is_sound()
+        except (KeyError, TypeError, ValueError):
+            is_whole = False
+        if not is_whole:
+            raise ValueError(
+                f"{str(path)!r} is damaged: its description does not go with its hash, or its vectors are not finite "
+                "ones of one size, of layers that the model has. Make it again."
+            )
         return found
+
+    def _is_sound(self) -> bool:
+        shapes = {tuple(vector.shape) for vector in self.vectors.values()}
+        inside = all(1 <= layer <= self.blocks for layer in self.vectors)
+        finite = all(bool(vector.isfinite().all()) for vector in self.vectors.values())
+        return inside and finite and len(shapes) == 1 and len(shapes.pop()) == 1
