@@ -300,6 +300,7 @@ def test_what_is_refused(
 
 @pytest.mark.usefixtures("stubbed")
 def test_a_date_that_is_none(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "load_subject", lambda *_: pytest.fail("a model was loaded"))
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "yesterday")
     assert run(saved, tmp_path / "out") == 1
 
