@@ -21,6 +21,7 @@ from tangent_peft.cli.diagnose_sections import SECTIONS, Kind
 from tangent_peft.cli.diagnose_stages import read_stages
 from tangent_peft.cli.diagnose_subject import find_subject, load_subject
 from tangent_peft.cli.main import main
+from tangent_peft.compare.sequential_result import SequentialResult
 from tangent_peft.diagnose.result import Diagnosis, Table, Verdict
 from tangent_peft.diagnose.stages.forgetting import Conflict, Forgetting, forgetting
 from tangent_peft.diagnose.stages.transfer import ObjectiveScores
@@ -200,6 +201,20 @@ def test_a_saved_result_of_stages_is_read_back(tmp_path: Path) -> None:
     (read,) = read_stages(tmp_path / "stages.json").values()
     assert read.to_dict() == made.to_dict() and read.verdicts() == made.verdicts()
     assert [str(table) for table in read.tables()] == [str(table) for table in made.tables()]
+
+
+def test_the_result_of_a_comparison_is_read(tmp_path: Path) -> None:
+    made = two_stages()
+    entries = [
+        {"seed": seed, "source": "ts_dpo", "order": made.stages, "verdicts": [], **made.to_dict()} for seed in (0, 1)
+    ]
+    SequentialResult({}, {}, [], [], entries, []).save(tmp_path / "result.json")
+    read = read_stages(tmp_path / "result.json")
+    assert list(read) == ["help → safe, ts_dpo, seed 0", "help → safe, ts_dpo, seed 1"]
+    assert all(found.to_dict() == made.to_dict() for found in read.values())
+    SequentialResult({}, {}, [], [], [], []).save(tmp_path / "empty.json")
+    with pytest.raises(ValueError, match="no sequence of stages"):
+        read_stages(tmp_path / "empty.json")
 
 
 @pytest.mark.usefixtures("stubbed")
