@@ -37,7 +37,16 @@ from tangent_peft.tuner.export.atomic import check_place
 
 
 # What a section may raise about the models and data it was given. Anything else is a mistake in the program.
-EXPECTED = (ValueError, TypeError, ArithmeticError, ImportError, NotImplementedError, torch.linalg.LinAlgError)
+EXPECTED = (
+    ValueError,
+    TypeError,
+    ArithmeticError,
+    ImportError,
+    NotImplementedError,
+    MemoryError,
+    torch.OutOfMemoryError,
+    torch.linalg.LinAlgError,
+)
 PACKAGES = ("torch", "transformers", "peft", "numpy", "scipy", "matplotlib")
 INCOMPLETE = 3  # the exit status where something that was asked for is not in the report
 
@@ -93,6 +102,7 @@ def _check(options: argparse.Namespace) -> None:
     if options.report.is_dir() and any(options.report.iterdir()) and not options.overwrite:
         raise FileExistsError(f"{options.report} exists and is not empty. Name another folder, or pass --overwrite.")
     check_place(options.report, options.overwrite, RECORD)
+    date()
     color_map()  # matplotlib is needed at the very end
 
 
@@ -162,22 +172,28 @@ def _part(name: str, work: Callable[[], Any]) -> Part:
 def circumstances() -> Circumstances:
     """Date, command line, versions and memory of this process.
 
-    `SOURCE_DATE_EPOCH` (seconds since 1970) in the environment sets the date, as in other programs whose output is to
-    be the same every time.
+    Raises:
+        ValueError: as `date`.
+    """
+    versions = {"tangent-peft": __version__, **{name: version(name) for name in PACKAGES}}
+    versions["python"] = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    versions["threads"] = str(torch.get_num_threads())
+    command = shlex.join(["tangent-peft", *sys.argv[1:]])
+    return Circumstances(date(), command, versions, peak_memory_gb())
+
+
+def date() -> str:
+    """The present one, or that of `SOURCE_DATE_EPOCH`, which sets it in other programs, too, that are to be repeatable.
 
     Raises:
-        ValueError: if it is set to what is no number.
+        ValueError: if this variable of the environment is no number of seconds since 1970.
     """
     given = os.environ.get("SOURCE_DATE_EPOCH")
     try:
         now = datetime.now(UTC) if given is None else datetime.fromtimestamp(int(given), UTC)
     except (ValueError, OverflowError, OSError):
         raise ValueError(f"SOURCE_DATE_EPOCH is {given!r}; it is a number of seconds since 1970.") from None
-    versions = {"tangent-peft": __version__, **{name: version(name) for name in PACKAGES}}
-    versions["python"] = f"{platform.python_version()} on {platform.system()} {platform.machine()}"
-    versions["threads"] = str(torch.get_num_threads())
-    command = shlex.join(["tangent-peft", *sys.argv[1:]])
-    return Circumstances(now.strftime("%Y-%m-%d %H:%M UTC"), command, versions, peak_memory_gb())
+    return now.strftime("%Y-%m-%d %H:%M UTC")
 
 
 def _settings(options: argparse.Namespace, subject: Subject, data: Data, loaded: Loaded | None) -> dict[str, Any]:

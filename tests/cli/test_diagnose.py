@@ -21,6 +21,7 @@ from tangent_peft.cli.diagnose_sections import SECTIONS, Kind
 from tangent_peft.cli.diagnose_stages import read_stages
 from tangent_peft.cli.diagnose_subject import find_subject, load_subject
 from tangent_peft.cli.main import main
+from tangent_peft.compare.sequential_result import SequentialResult
 from tangent_peft.diagnose.result import Diagnosis, Table, Verdict
 from tangent_peft.diagnose.stages.forgetting import Conflict, Forgetting, forgetting
 from tangent_peft.diagnose.stages.transfer import ObjectiveScores
@@ -235,6 +236,20 @@ def test_memory_is_counted_in_the_unit_of_the_platform(monkeypatch: pytest.Monke
     assert found == {"linux": 2.0, "darwin": 2.0**-9}
 
 
+def test_the_result_of_a_comparison_is_read(tmp_path: Path) -> None:
+    made = two_stages()
+    entries = [
+        {"seed": seed, "source": "ts_dpo", "order": made.stages, "verdicts": [], **made.to_dict()} for seed in (0, 1)
+    ]
+    SequentialResult({}, {}, [], [], entries, []).save(tmp_path / "result.json")
+    read = read_stages(tmp_path / "result.json")
+    assert list(read) == ["help → safe, ts_dpo, seed 0", "help → safe, ts_dpo, seed 1"]
+    assert all(found.to_dict() == made.to_dict() for found in read.values())
+    SequentialResult({}, {}, [], [], [], []).save(tmp_path / "empty.json")
+    with pytest.raises(ValueError, match="no sequence of stages"):
+        read_stages(tmp_path / "empty.json")
+
+
 @pytest.mark.usefixtures("stubbed")
 def test_a_report_of_stages_needs_no_model(saved: Path, tmp_path: Path) -> None:
     two_stages().save(tmp_path / "stages.json")
@@ -333,6 +348,7 @@ def test_what_is_refused(
 
 @pytest.mark.usefixtures("stubbed")
 def test_a_date_that_is_none(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "load_subject", lambda *_: pytest.fail("a model was loaded"))
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "yesterday")
     assert run(saved, tmp_path / "out") == 1
 
