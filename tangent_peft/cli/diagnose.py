@@ -146,6 +146,7 @@ def make(chosen: Sequence[tuple[Kind, str]], inputs: Inputs, bars: Progress) -> 
                 bars.update(task, description=f"{kind.title} {name}".strip())
                 parts.append(_part(name, work))
                 bars.advance(task)
+                bars.console.print(f"{kind.title} {name}: {parts[-1].seconds:.1f} s", markup=False, highlight=False)
             section = replace(section, parts=tuple(parts))
         sections.append(section)
     return tuple(sections)
