@@ -143,9 +143,11 @@ def make(chosen: Sequence[tuple[Kind, str]], inputs: Inputs, bars: Progress) -> 
         if not reason:
             parts = []
             for name, work in kind.tasks(inputs):
-                bars.update(task, description=f"{kind.title} {name}".strip())
+                what = f"{kind.title} {name}".strip()
+                bars.update(task, description=what)
                 parts.append(_part(name, work))
                 bars.advance(task)
+                bars.console.print(f"{what}: {parts[-1].seconds:.1f} s", markup=False, highlight=False)
             section = replace(section, parts=tuple(parts))
         sections.append(section)
     return tuple(sections)
