@@ -20,9 +20,9 @@ from torch import nn
 from tangent_peft.diagnose.geometry.axes_plots import plot_cosines, plot_modules, plot_overlaps, plot_spectra
 from tangent_peft.diagnose.geometry.places import Cells, Place, grouped, place_of, stack_of
 from tangent_peft.diagnose.geometry.subspaces import Angles, Directions, Ranks, by_matrix, leading
-from tangent_peft.diagnose.geometry.threshold import COSINE_LIMIT, NOT_ALONE, is_entangled
 from tangent_peft.diagnose.interference.overlap import mean_known
 from tangent_peft.diagnose.result import Cell, Diagnosis, Table, Verdict
+from tangent_peft.diagnose.threshold import COSINE_LIMIT, NOT_ALONE, is_entangled
 from tangent_peft.tuner.algebra import axis_gram, layer_factors
 from tangent_peft.tuner.axes import check_known, tangent_layers, tangent_tuner
 from tangent_peft.tuner.weights import TangentFactors

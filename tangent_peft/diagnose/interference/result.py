@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from tangent_peft.diagnose.geometry.threshold import COSINE_LIMIT, NOT_ALONE, is_entangled
 from tangent_peft.diagnose.interference.overlap import ENERGY, PERMUTATIONS, Overlap, mean_known
 from tangent_peft.diagnose.interference.plots import plot_correlations, plot_depth
 from tangent_peft.diagnose.result import Cell, Diagnosis, Table, Verdict
+from tangent_peft.diagnose.threshold import COSINE_LIMIT, NOT_ALONE, is_entangled
 
 
 SIGNIFICANT = 0.05  # of the permutation test
