@@ -59,8 +59,9 @@ def main() -> None:
         run("diagnose", axes, *told, *also, "--report", out / "axes-report")
     if not (out / "dpo-report").is_dir():
         checkpoint = sequences / "seed-0" / f"lora_soup-{OBJECTIVE}"
-        title = f"A LoRA trained by DPO on {OBJECTIVE}, SmolLM2-135M"
-        run("diagnose", checkpoint, *told, "--report", out / "dpo-report", "--title", title)
+        pairs = sequences / "pairs" / OBJECTIVE / "test.jsonl"
+        also = ["--pairs", f"{OBJECTIVE}={pairs}", "--title", f"A LoRA trained by DPO on {OBJECTIVE}, SmolLM2-135M"]
+        run("diagnose", checkpoint, *told, *also, "--report", out / "dpo-report")
     if options.publish is not None:
         publish(out, options.publish)
 
