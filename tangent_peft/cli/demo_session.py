@@ -20,7 +20,8 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase, StoppingCriteri
 from tangent_peft.cli.demo_stream import Answer, RowStreamer, StopOn
 from tangent_peft.diagnose import LinearityGap, linearity_gap
 from tangent_peft.evaluate import SweepTable
-from tangent_peft.tuner.axes import SAFE_WEIGHT
+from tangent_peft.tuner.axes import SAFE_WEIGHT, tangent_tuner
+from tangent_peft.tuner.safe_range import range_of
 
 
 Form = Literal["lora", "merged"]
@@ -184,14 +185,18 @@ class DemoSession:
     # ---- what a mix is worth -----------------------------------------------------------------------------------
 
     def warn_of(self, mix: Mapping[str, float]) -> str:
-        """A sentence for a mix outside the range in which TS-DPO was found to work; empty inside it."""
-        outside = [f"{axis} = {weight:g}" for axis, weight in mix.items() if abs(weight) > SAFE_WEIGHT]
-        if not outside:
-            return ""
-        return (
-            f"Outside the safe range: {', '.join(outside)}. Beyond ±{SAFE_WEIGHT:g} mixes were found to break down, so "
-            "read these answers with care."
-        )
+        """A sentence for a mix outside its axes' measured ranges, or ±3 without one; empty inside."""
+        ranges = {axis: range_of(tangent_tuner(self.model), axis) for axis in mix}
+        left = [axis for axis, found in ranges.items() if found is not None and not found.holds(mix[axis])]
+        far = [axis for axis, weight in mix.items() if axis not in left and abs(weight) > SAFE_WEIGHT]
+        parts = [
+            f"{axis} = {mix[axis]:g} is outside its measured range, {ranges[axis]}: merged, it is another model."
+            for axis in left
+        ]
+        if far:
+            named = ", ".join(f"{axis} = {mix[axis]:g}" for axis in far)
+            parts.append(f"{named}: beyond ±{SAFE_WEIGHT:g} mixes were found to break down.")
+        return f"Outside the safe range: {' '.join(parts)} Read these answers with care." if parts else ""
 
     def measure_gap(self, mix: Mapping[str, float]) -> LinearityGap:
         """The linearity gap of a mix on `questions`; measured once for each mix."""

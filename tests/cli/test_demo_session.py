@@ -19,6 +19,8 @@ from tangent_peft.cli.demo_session import AskOptions, DemoSession
 from tangent_peft.cli.demo_stream import Answer, RowStreamer
 from tangent_peft.diagnose import linearity_gap
 from tangent_peft.evaluate import generate_answers
+from tangent_peft.tuner.axes import tangent_tuner
+from tangent_peft.tuner.safe_range import StoredRange, store_range
 
 
 MIXES = [{"help": 0.0, "verb": 0.0}, {"help": 1.0, "verb": -0.5}]
@@ -131,6 +133,17 @@ def test_the_gap_is_measured_once(session: DemoSession, monkeypatch: pytest.Monk
 def test_warns_outside_the_safe_range(session: DemoSession) -> None:
     assert session.warn_of({"help": 3.0, "verb": -3.0}) == ""
     assert "verb = -3.5" in session.warn_of({"help": 1.0, "verb": -3.5})
+
+
+def test_warns_outside_a_range_that_is_kept_with_an_axis(session: DemoSession) -> None:
+    tuner = tangent_tuner(session.model)
+    store_range(tuner, "help", StoredRange(-1.0, 2.0, True, True, 0.5, "logits", 1.0))
+    try:
+        said = session.warn_of({"help": 2.5, "verb": 3.5})
+        assert "help = 2.5" in said and "from −1 to 2" in said and "verb = 3.5: beyond ±3" in said
+        assert session.warn_of({"help": -1.0}) == ""
+    finally:
+        store_range(tuner, "help", None)
 
 
 def test_exports_load_without_this_package(
