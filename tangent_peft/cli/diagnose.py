@@ -74,7 +74,7 @@ def run_diagnose(options: argparse.Namespace) -> int:
     chosen = choose(options.sections, subject, data, stages)
     if options.store:
         check_storable(subject, [kind.key for kind, reason in chosen if not reason])
-    how = How(options.limit, tuple(options.weights or ()), options.seed, options.batch_size)
+    how = How(options.limit, tuple(options.weights or ()), options.seed, options.batch_size, options.effort)
     with warnings.catch_warnings(), _bars() as bars:
         warnings.filterwarnings("ignore", "λ = ", UserWarning)  # λ beyond a safe range are looked at on purpose
         loaded = load_subject(subject, options.dtype) if options.paths else None
@@ -211,7 +211,8 @@ def _settings(options: argparse.Namespace, subject: Subject, data: Data, loaded:
         found["prompts"] = f"{len(data.prompts)} ({data.sources['prompts']})"
         counts = ", ".join(f"{name} {len(pairs)}" for name, pairs in data.pairs.items())
         found["pairs"] = f"{counts} ({data.sources['pairs']})" if counts else "none"
-    found |= {"limit of the gap": options.limit, "seed": options.seed, "rows per forward": options.batch_size}
+    found |= {"limit of the gap": options.limit, "seed": options.seed, "effort": options.effort}
+    found["rows per forward"] = options.batch_size
     return found | (dict(loaded.notes) if loaded is not None else {})
 
 

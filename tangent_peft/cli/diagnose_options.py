@@ -65,6 +65,12 @@ def _add_how(group: Any) -> None:
     group.add_argument(
         "--batch_size", "--batch-size", type=_positive, default=8, help="rows per forward (default: %(default)s)"
     )
+    group.add_argument(
+        "--effort",
+        type=_positive,
+        default=1,
+        help="read so many times as many rows as by default, and take as much longer",
+    )
     dtypes = ("auto", "bfloat16", "float16", "float32")
     group.add_argument(
         "--dtype",

@@ -36,9 +36,11 @@ Task: TypeAlias = tuple[str, Callable[[], Diagnosis]]
 Need: TypeAlias = Literal["models", "axes", "two axes", "pairs", "sequential"]
 
 
-# Rows that a section reads at most, which is what its time goes with. Whole forwards are few in the cheap sections, and
-# one for each λ, cell of a grid, or random direction in the others.
-LINEARITY_ROWS, ADDITIVITY_ROWS, SPINAL_ROWS, STEERED_PAIRS, COMPARED_ANSWERS = 8, 4, 16, 16, 64
+# Rows that a section reads at most, at an effort of 1: what its time goes with. Whole forwards are few in the cheap
+# sections, and one for each λ, cell of a grid, or random direction in the others.
+LINEARITY_ROWS, ADDITIVITY_ROWS, SPINAL_ROWS, STEERED_PAIRS = 4, 4, 8, 10
+COMPARED_PROMPTS, COMPARED_ANSWERS, LENS_TOKENS = 48, 32, 128
+ADDITIVITY_GRID = (-1.5, -1.0, 0.0, 1.0, 1.5)
 DEPTHS = (0.5, 0.625, 0.75, 0.875, 1.0)  # shares of the depth at which shifts of two axes are compared
 
 
@@ -51,12 +53,14 @@ class How:
         weights: λ at which the gap is measured; empty for the usual ones.
         seed: of permutations and random controls.
         batch_size: rows of a forward.
+        effort: how many times as many rows each section reads as by default.
     """
 
     limit: float = 0.5
     weights: tuple[float, ...] = ()
     seed: int = 0
     batch_size: int = 8
+    effort: int = 1
 
 
 @dataclass(frozen=True)
@@ -153,17 +157,22 @@ def _pairs_of(inputs: Inputs, name: str) -> Sequence[Pair]:
 def _linearity(inputs: Inputs) -> list[Task]:
     def profile() -> Diagnosis:
         weights = inputs.how.weights or WEIGHTS
-        batches = _token_batches(inputs, LINEARITY_ROWS)
+        batches = _token_batches(inputs, LINEARITY_ROWS * inputs.how.effort)
         return linearity_profile(inputs.model, batches, list(inputs.subject.axes), weights, inputs.how.limit)
 
     def within(axis: str) -> Diagnosis:
-        return safe_range(inputs.model, _token_batches(inputs, LINEARITY_ROWS), axis, inputs.how.limit)
+        batches = _token_batches(inputs, LINEARITY_ROWS * inputs.how.effort)
+        return safe_range(inputs.model, batches, axis, inputs.how.limit)
 
     return [("gap", profile), *((f"safe range of {axis}", partial(within, axis)) for axis in inputs.subject.axes)]
 
 
 def _additivity(inputs: Inputs) -> list[Task]:
-    return [("", lambda: additivity(inputs.model, _token_batches(inputs, ADDITIVITY_ROWS), list(inputs.subject.axes)))]
+    def measured() -> Diagnosis:
+        batches = _token_batches(inputs, ADDITIVITY_ROWS * inputs.how.effort)
+        return additivity(inputs.model, batches, list(inputs.subject.axes), ADDITIVITY_GRID)
+
+    return [("", measured)]
 
 
 def _geometry(inputs: Inputs) -> list[Task]:
@@ -182,8 +191,9 @@ def _interference(inputs: Inputs) -> list[Task]:
         axes = list(inputs.subject.axes)
         return axis_interference(inputs.model, inputs.models.tokenizer, data, axes, settings)
 
-    found: list[Task] = [("last token of the prompts", partial(compared, "prompt", inputs.data.prompts))]
-    pairs = _mixed(inputs.data)[:COMPARED_ANSWERS]
+    prompts = inputs.data.prompts[: COMPARED_PROMPTS * inputs.how.effort]
+    found: list[Task] = [("last token of the prompts", partial(compared, "prompt", prompts))]
+    pairs = _mixed(inputs.data)[: COMPARED_ANSWERS * inputs.how.effort]
     return [*found, ("mean over the answers", partial(compared, "answer", pairs))] if pairs else found
 
 
@@ -193,7 +203,7 @@ def _steering(inputs: Inputs) -> list[Task]:
     def steered(name: str, tuned: ModelState) -> Diagnosis:
         options = SteeringOptions(
             seed=how.seed,
-            max_pairs=STEERED_PAIRS,
+            max_pairs=STEERED_PAIRS * how.effort,
             batch_size=how.batch_size,
             shift=ShiftOptions(seed=how.seed),
             effect=EffectOptions(seed=how.seed),
@@ -210,13 +220,14 @@ def _steering(inputs: Inputs) -> list[Task]:
 
 def _spinal(inputs: Inputs) -> list[Task]:
     models = inputs.models
-    options = SpinalOptions(seed=inputs.how.seed)
+    rows = SPINAL_ROWS * inputs.how.effort
+    options = SpinalOptions(lens_tokens=LENS_TOKENS * inputs.how.effort, gradient_pairs=rows, seed=inputs.how.seed)
 
     def traced(name: str, tuned: ModelState) -> Diagnosis:
-        pairs = _pairs_of(inputs, name)[:SPINAL_ROWS]
+        pairs = _pairs_of(inputs, name)[:rows]
         if pairs:
             return spinal_score(models.base, tuned, models.tokenizer, pairs=pairs, options=options)
-        prompts = inputs.data.prompts[:SPINAL_ROWS]
+        prompts = inputs.data.prompts[:rows]
         return spinal_score(models.base, tuned, models.tokenizer, prompts=prompts, options=options)
 
     return [(_at_one(inputs, name), partial(traced, name, tuned)) for name, tuned in models.tuned.items()]
