@@ -33,6 +33,8 @@ EXPECTED = (ValueError, OSError, ImportError, NotImplementedError)
 
 _QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 _LIGHT: dict[str, Any] = {**_QUIET, "queue": False}  # touches no model
+# Each change is answered, in order. Gradio's "always_last" dispatches a change that came during another one for ever.
+_IN_ORDER: dict[str, Any] = {**_QUIET, "trigger_mode": "multiple", "concurrency_limit": 1}
 _HEAVY: dict[str, Any] = {**_QUIET, "concurrency_id": "model", "concurrency_limit": 1}
 _STATES = {
     "waiting": "Reading the question …",
@@ -99,15 +101,14 @@ def connect(page: gr.Blocks, parts: Parts, session: DemoSession) -> None:
             handlers.moved,
             [card.answer, *card.sliders],
             [card.warning, card.status, card.gauge],
-            trigger_mode="always_last",
-            **_LIGHT,
+            **_IN_ORDER,
         )
     released = [slider.release for slider in parts.sliders]
-    gr.on([page.load, *released], handlers.measure, parts.sliders, gauges, trigger_mode="always_last", **_HEAVY)
+    gr.on([page.load, *released], handlers.measure, parts.sliders, gauges, **_IN_ORDER, concurrency_id="model")
     if parts.picture is not None:
         drawn = [parts.evaluation, *parts.scores, *parts.sliders]
         changes = [component.change for component in drawn]
-        gr.on([page.load, *changes], handlers.draw, drawn, parts.picture, trigger_mode="always_last", **_LIGHT)
+        gr.on([page.load, *changes], handlers.draw, drawn, parts.picture, **_IN_ORDER)
         parts.picture.select(handlers.choose, [parts.target, *parts.sliders], parts.sliders, **_LIGHT).then(
             handlers.measure, parts.sliders, gauges, **_HEAVY
         )
