@@ -27,9 +27,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tangent_peft.cli.smollm2 import load_smollm2
+from tangent_peft.cli.smollm2 import load_smollm2, smollm2_folder
 
 
+MODEL = "SmolLM2-135M-Instruct"
 PROMPTS = 96  # prompts that hidden states are read on
 PROMPT_TOKENS = 96  # longer ones are left out
 SEEDS = ("0", "1")
@@ -97,13 +98,16 @@ def read_prompts(data: Path) -> Sequence[Any]:
 
 
 def publish(out: Path, target: Path) -> None:
-    """Copies what a reader wants to see."""
+    """Copies what a reader wants to see; folders of this machine are left out."""
     for name in ("axes-report", "dpo-report"):
-        shutil.copytree(out / name, target / name, dirs_exist_ok=True)
+        (target / name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(out / name / "report.html", target / name / "report.html")  # holds its figures
+        text = (out / name / "report.json").read_text(encoding="utf-8")
+        (target / name / "report.json").write_text(text.replace(str(smollm2_folder()), MODEL), encoding="utf-8")
     shutil.copy(out / "sequential" / "report.md", target / "sequential.md")
     result = json.loads((out / "sequential" / "result.json").read_text(encoding="utf-8"))
     axes = {axis: f"pairs/{axis}" for axis in result["settings"]["axes"]}
-    result["settings"] |= {"model": "SmolLM2-135M-Instruct", "axes": axes, "output": "sequential"}  # no folders of mine
+    result["settings"] |= {"model": MODEL, "axes": axes, "output": "sequential"}
     (target / "sequential.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
