@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -93,20 +94,26 @@ def run_compare(settings: Settings, processes: int, console: Console | None = No
         console: where bars and tables go; standard output by default.
     """
     console = Console() if console is None else console
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console) as bars, warnings.catch_warnings():
+    with warnings.catch_warnings(), reported(console) as report:
         warnings.filterwarnings("ignore", "λ = .* mixes beyond", UserWarning)  # the line goes there on purpose
-        task = bars.add_task("train and score", total=None)
-
-        def report(name: str, done: int, total: int) -> None:
-            bars.update(task, description=name, completed=done, total=total)
-
         result = run_comparison(settings, processes, report)
     folder = Path(settings.output)
     result.save(folder / "result.json")
-    text = markdown(result)
+    show(folder, markdown(result), figures(result, folder / "figures"), console)
+    return result
+
+
+@contextmanager
+def reported(console: Console) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for the jobs of a comparison; yields what is to be called with the job's name, those done, and all."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=console) as bars:
+        task = bars.add_task("train and score", total=None)
+        yield lambda name, done, total: bars.update(task, description=name, completed=done, total=total)
+
+
+def show(folder: Path, text: str, pictures: Sequence[Path], console: Console) -> None:
+    """Writes the report of a comparison beside its result, and prints it."""
     write_text(folder / "report.md", text)
-    pictures = figures(result, folder / "figures")
     console.print(Markdown(text))
     console.print(f"{folder}/result.json, {folder}/report.md and {len(pictures)} figures in {folder}/figures")
-    return result

@@ -33,11 +33,6 @@ class Data:
     pairs: Mapping[str, Sequence[Pair]]
     sources: Mapping[str, str]
 
-    @property
-    def all_pairs(self) -> list[Pair]:
-        """The pairs of all names."""
-        return [pair for pairs in self.pairs.values() for pair in pairs]
-
 
 def read_data(subject: Subject, prompts: Sequence[str], pairs: Sequence[str], limit: int) -> Data:
     """Prompts and pairs from options, or packaged ones.

@@ -86,6 +86,9 @@ def prepare_worker(threads: int, messages: Any = None) -> None:
     transformers_logging.disable_progress_bar()
 
 
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
 class _StepCallback(TrainerCallback):
     """Passes each optimizer step on."""
 

@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 from rich.console import Console
-from rich.markdown import Markdown
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from tangent_peft.cli.compare import read_values
+from tangent_peft.cli.compare import read_values, reported, show
 from tangent_peft.cli.smollm2 import Axis, quickstart_pairs, smollm2_folder
 from tangent_peft.compare.sequential import run_sequential
 from tangent_peft.compare.sequential_report import figures, markdown
@@ -70,19 +68,9 @@ def run(settings: SequentialSettings, processes: int, console: Console | None = 
         console: where bars and tables go; standard output by default.
     """
     console = Console() if console is None else console
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=console) as bars:
-        task = bars.add_task("train and score", total=None)
-
-        def report(name: str, done: int, total: int) -> None:
-            bars.update(task, description=name, completed=done, total=total)
-
+    with reported(console) as report:
         result = run_sequential(settings, processes, report)
     folder = Path(settings.output)
     result.save(folder / "result.json")
-    text = markdown(result)
-    write_text(folder / "report.md", text)
-    pictures = figures(result, folder / "figures")
-    console.print(Markdown(text))
-    console.print(f"{folder}/result.json, {folder}/report.md and {len(pictures)} figures in {folder}/figures")
+    show(folder, markdown(result), figures(result, folder / "figures"), console)
     return result

@@ -82,19 +82,34 @@ class ComparisonResult:
             FileNotFoundError: if there is no such file.
             ValueError: if it is something else, or of another version.
         """
-        path = Path(path)
-        try:
-            held = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is no result of a comparison: it can not be read as JSON ({error}).") from None
-        if not isinstance(held, dict) or held.pop("format", None) != FORMAT:
-            raise ValueError(f"{path} is no result of a comparison: its `format` is not {FORMAT!r}.")
-        if (found := held.pop("version", None)) != VERSION:
-            raise ValueError(f"{path} is of version {found!r}; this release reads version {VERSION}.")
+        held = read_document(path, FORMAT, VERSION)
         try:
             return cls(**held)
         except TypeError as error:
             raise ValueError(f"{path} is damaged: {error}. Run the comparison again.") from None
+
+
+def read_document(path: str | Path, kind: str, version: int) -> dict[str, Any]:
+    """The fields of a result that was saved as JSON, without its format and version.
+
+    Args:
+        path: the file.
+        kind: the `format` it must have.
+        version: the one that is read.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is something else, or of another version.
+    """
+    try:
+        held = json.loads(Path(path).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is no result of a comparison: it can not be read as JSON ({error}).") from None
+    if not isinstance(held, dict) or held.pop("format", None) != kind:
+        raise ValueError(f"{path} is no result of a comparison: its `format` is not {kind!r}.")
+    if (found := held.pop("version", None)) != version:
+        raise ValueError(f"{path} is of version {found!r}; this release reads version {version}.")
+    return held
 
 
 # ---- one source of one seed ------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
+from tangent_peft.compare.result import read_document
 from tangent_peft.compare.scores import Array, pair_scores
 from tangent_peft.compare.scoring import HeldOut
 from tangent_peft.compare.sequential_settings import EVALUATED, SequentialSettings
@@ -67,14 +68,7 @@ class SequentialResult:
             FileNotFoundError: if there is no such file.
             ValueError: if it is something else, or of another version.
         """
-        try:
-            held = json.loads(Path(path).read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is no result: it can not be read as JSON ({error}).") from None
-        if not isinstance(held, dict) or held.pop("format", None) != FORMAT:
-            raise ValueError(f"{path} is no result of a sequential comparison: its `format` is not {FORMAT!r}.")
-        if (found := held.pop("version", None)) != VERSION:
-            raise ValueError(f"{path} is of version {found!r}; this release reads version {VERSION}.")
+        held = read_document(path, FORMAT, VERSION)
         try:
             return cls(**held)
         except TypeError as error:

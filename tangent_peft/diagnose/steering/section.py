@@ -41,7 +41,7 @@ class SteeringOptions:
     Attributes:
         positions: where δ is taken; the paper's formula has the prompt.
         steer_with: the position whose vectors are tried out. They are tried on answers, where those of prompts can be
-            of quite another length: on SmolLM2 they are three times as long.
+            of quite another length.
         held_out: share of the prompts that vectors are judged on.
         seed: of the split.
         max_prompts: at most so many prompts make a vector, and at most half as many judge it.
